@@ -1,0 +1,198 @@
+"""The whole model: embedding, meta tokens, blocks, head. One forward for training, prefill and
+decode; they differ only in the batch and in whether a cache is given.
+
+`hidden` and `logits` are two verbs, so that logits are made only where they are needed. While
+gradients flow, the meta tokens' rows run in front of the batch (once a forward, whatever the number
+of sequences) and every sequence starts from what they leave; without gradients that is a constant
+of the weights, computed once by `meta_states` and again when any weight has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hymba import ops
+from hymba.cache import Cache, State
+from hymba.config import Config
+from hymba.errors import UserError
+from hymba.model.batch import Batch
+from hymba.model.hybrid import Before, Block, Left
+from hymba.model.layers import MetaTokens, RMSNorm, rope_tables
+from hymba.model.memo import fingerprint
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        count = config.meta_tokens
+        self.meta_tokens = MetaTokens(count, config.hidden_size) if count else None
+        self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # Activation checkpointing: called as fn(block, *args) in place of block(*args).
+        self.checkpoint_blocks: Callable[..., Any] | None = None
+        self._memo: tuple[Any, list[State]] | None = None
+
+    def forward(self, rows: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """rows: token ids (N,) or embeddings (N, D) of the batch -> hidden (N, D), after the norm.
+
+        With a cache this is inference: no gradients, states are written, lengths advance."""
+        if cache is not None:
+            with torch.no_grad():
+                return self._continue(rows, batch, cache)
+        x = self.embed(rows)
+        if self.meta_tokens is not None and self._gradients_flow():
+            x = torch.cat([self.meta_tokens().to(x.dtype), x])
+            batch = batch.with_meta(self.config.meta_tokens)
+            befores = [Before()] * len(self.layers)
+        else:
+            befores = [Before(meta, None, *meta[2:]) for meta in self.meta_states()]
+        x, _ = self._blocks(x, batch, befores)
+        return self.final_norm(x[batch.meta :])
+
+    def _continue(self, rows: Tensor, batch: Batch, cache: Cache) -> Tensor:
+        held = tuple(cache.lengths[slot] for slot in batch.slots)
+        if held != batch.past:
+            raise ValueError(f"the batch continues {batch.past} tokens, its slots hold {held}")
+        befores = [
+            Before(meta, cache.past(i, batch.slots), *cache.ssm_state(i, batch.slots))
+            for i, meta in enumerate(cache.meta)
+        ]
+        x, lefts = self._blocks(self.embed(rows), batch, befores)
+        hidden = self.final_norm(x)
+        cache.commit(batch.slots, batch.segments, [left.text for left in lefts])
+        return hidden
+
+    def embed(self, rows: Tensor) -> Tensor:
+        if rows.is_floating_point():
+            return rows
+        if rows.device.type == "cpu" and rows.numel():  # elsewhere the look would wait for a device
+            low, high = int(rows.min()), int(rows.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                size = self.config.vocab_size
+                raise UserError(f"token id {bad} is outside the vocabulary (0 to {size - 1})")
+        return self.embed_tokens(rows)
+
+    def _blocks(
+        self, x: Tensor, batch: Batch, befores: list[Before]
+    ) -> tuple[Tensor, list[Left]]:
+        """x (batch.meta + N, D) through every block; what each leaves."""
+        meta = torch.arange(batch.meta, device=x.device)
+        positions = torch.cat([meta, batch.positions.to(x.device) + self.config.meta_tokens])
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
+        run = self.checkpoint_blocks if torch.is_grad_enabled() else None
+        lefts: list[Left] = []
+        for block, layer, before in zip(self.layers, self.config.layers, befores, strict=True):
+            producer = None if layer.kv_from is None else lefts[layer.kv_from]
+            args = (x, rope, batch, before, producer)
+            x, left = block(*args) if run is None else run(block, *args)
+            lefts.append(left)
+        return x, lefts
+
+    def _gradients_flow(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    @torch.no_grad()
+    def meta_states(self) -> list[State]:
+        """What the meta tokens leave in each layer, without gradients; a constant of the weights.
+
+        Kept until a weight changes, by training, loading, casting or in place; not kept at all
+        where foreign modules (adapters, wrappers) stand among ours, since those can change what
+        a weight means without changing it."""
+        if self.meta_tokens is None:
+            return [State()] * len(self.layers)
+        key = fingerprint(self)
+        if key is None or self._memo is None or self._memo[0] != key:
+            x = self.meta_tokens()
+            batch = Batch.of((), device=x.device).with_meta(self.config.meta_tokens)
+            _, lefts = self._blocks(x, batch, [Before()] * len(self.layers))
+            self._memo = key, [left.meta or State() for left in lefts]
+        return self._memo[1]
+
+    def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:
+        """An empty cache for so many sequences, beginning after the meta tokens."""
+        like = self.final_norm.weight.detach()
+        return Cache(self.config, slots, self.meta_states(), like, state_dtype)
+
+
+class LanguageModel(nn.Module):
+    """A decoder and its head, tied to the embedding where the config says so."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.decoder.embed_tokens.weight
+
+    def forward(self, rows: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Hidden states (N, D); see Decoder.forward."""
+        return self.decoder(rows, batch, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return self.lm_head(hidden)
+
+    def loss(self, hidden: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of hidden (N, D) against labels (N), -100 left out; "mean" or
+        "sum". Never holds (N, V) for backward."""
+        total = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels)
+        return total if reduction == "sum" else total / (labels != -100).sum().clamp(min=1)
+
+    def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:
+        return self.decoder.new_cache(slots, state_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embed_tokens.weight.dtype
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> LanguageModel:
+        """Fill every parameter, as the released code does (spec 5.13):
+
+        | parameter                      | value                                            |
+        |--------------------------------|--------------------------------------------------|
+        | linear, conv, embedding        | normal(0, initializer_range)                     |
+        | meta_tokens                    | normal(0, 1)                                     |
+        | conv.bias, dt_bias             | 0                                                |
+        | A_log                          | log(1 .. n) in every channel                     |
+        | D, norms                       | 1                                                |
+        | embedding row of pad_token_id  | 0                                                |
+        """
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            _fill(name.split("."), parameter, self.config, generator)
+        if self.config.pad_token_id is not None:
+            self.decoder.embed_tokens.weight[self.config.pad_token_id] = 0
+        return self
+
+
+def _fill(
+    name: list[str], parameter: Tensor, config: Config, generator: torch.Generator | None
+) -> None:
+    if name[-1] == "A_log":
+        states = torch.arange(1, config.ssm_state + 1, device=parameter.device)
+        parameter.copy_(states.log().expand_as(parameter))
+    elif name[-1] == "D" or name[-2].endswith("norm"):
+        parameter.fill_(1)
+    elif name[-1] in ("bias", "dt_bias"):
+        parameter.zero_()
+    else:
+        std = 1.0 if name[-2] == "meta_tokens" else config.initializer_range
+        parameter.normal_(0, std, generator=generator)

@@ -1,0 +1,152 @@
+"""The hybrid head: attention and SSM heads read the same rows side by side.
+
+    x --in_proj--> q k v ----> attention ----> norm --\
+              \--> u gate ---> conv, scan ---> norm ---+--> mean --out_proj-->
+
+A layer with one branch has no norms and no mean: attention alone is exactly Llama's, the SSM alone
+Mamba's. A layer that reads another's K/V has no k and v rows in its projection. The meta tokens
+are an initial state: while gradients flow their rows stand in front of the batch's rows and what
+they leave (`Left.meta`) is what the text rows start from; otherwise it is given (`Before.meta`),
+a constant of the weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hymba import ops
+from hymba.cache import State
+from hymba.config import Config, Layer
+from hymba.model.attention import attend
+from hymba.model.batch import Batch
+from hymba.model.layers import MLP, RMSNorm, apply_rope
+from hymba.model.ssm import SSM
+from hymba.ops import Past, Segments
+
+
+class Before(NamedTuple):
+    """What one layer is given beside its rows."""
+
+    meta: State | None = None  # what the meta tokens left, unless their rows are in the batch
+    past: Past | None = None  # K/V of the text before the rows
+    conv: Tensor | None = None  # (S or 1, K-1, E)
+    ssm: Tensor | None = None  # (S or 1, E, n)
+
+
+class Left(NamedTuple):
+    """What one layer leaves; a consumer of its K/V gets this from its producer."""
+
+    text: State
+    meta: State | None
+
+
+class HybridMixer(nn.Module):
+    def __init__(self, config: Config, layer: Layer):
+        super().__init__()
+        self.layer = layer
+        self.head_dim, self.value_dim = config.head_dim, config.value_dim(layer)
+        self.sizes = self._sizes(config, layer)
+        width = config.mixer_size(layer)
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.sizes.values()), bias=False)
+        self.ssm = SSM(config) if layer.ssm else None
+        self.attention_norm = RMSNorm(width, config.norm_eps) if layer.hybrid else None
+        self.ssm_norm = RMSNorm(width, config.norm_eps) if layer.hybrid else None
+        self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    @staticmethod
+    def _sizes(config: Config, layer: Layer) -> dict[str, int]:
+        """Rows of the input projection, in the checkpoint's order (spec 2.1)."""
+        sizes = {"q": config.hidden_size} if layer.attention else {}
+        if layer.owns_kv:
+            sizes["k"] = config.num_kv_heads * config.head_dim
+            sizes["v"] = config.num_kv_heads * config.value_dim(layer)
+        if layer.ssm:
+            sizes |= {"u": config.inner_size, "gate": config.inner_size}
+        return sizes
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        before: Before,
+        producer: Left | None,
+    ) -> tuple[Tensor, Left]:
+        """x (batch.meta + N, D) -> the same shape, and what the rows leave."""
+        split = self.in_proj(x).split(list(self.sizes.values()), dim=-1)
+        rows = dict(zip(self.sizes, split, strict=True))
+        outs, left = [], Left(State(), before.meta)
+        if self.layer.attention:
+            q = apply_rope(rows["q"].unflatten(-1, (-1, self.head_dim)), rope)
+            left = self.keys_and_values(rows, rope, batch, before) if producer is None else producer
+            outs.append(attend(q, left.text, left.meta, self.layer, batch, before.past))
+        if self.ssm is not None:
+            y, left = self.summarise(rows["u"], rows["gate"], batch, before, left)
+            outs.append(y)
+        return self.out_proj(self.fuse(outs)), left
+
+    def keys_and_values(
+        self,
+        rows: dict[str, Tensor],
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        before: Before,
+    ) -> Left:
+        k = apply_rope(rows["k"].unflatten(-1, (-1, self.head_dim)), rope)
+        v = rows["v"].unflatten(-1, (-1, self.value_dim))
+        if not batch.meta:
+            return Left(State(k, v), before.meta)
+        m = batch.meta
+        return Left(State(k[m:], v[m:]), State(k[:m], v[:m]))
+
+    def summarise(
+        self, u: Tensor, gate: Tensor, batch: Batch, before: Before, left: Left
+    ) -> tuple[Tensor, Left]:
+        """The SSM branch: meta rows from zero, text rows from what the meta tokens left."""
+        assert self.ssm is not None
+        outs, text, meta, m = [], left.text, left.meta, batch.meta
+        conv, ssm = before.conv, before.ssm
+        if m:
+            y, conv, ssm = self.ssm(u[:m], gate[:m], Segments((m,)), None, None)
+            meta = (meta or State())._replace(conv=conv, ssm=ssm)
+            outs.append(y)
+        if batch.segments.count:
+            y, conv, ssm = self.ssm(u[m:], gate[m:], batch.segments, conv, ssm)
+            text = text._replace(conv=conv, ssm=ssm)
+            outs.append(y)
+        return torch.cat(outs), Left(text, meta)
+
+    def fuse(self, outs: list[Tensor]) -> Tensor:
+        if self.attention_norm is None or self.ssm_norm is None:
+            return outs[0]
+        norms = self.attention_norm, self.ssm_norm
+        return ops.fuse_heads(*outs, *(norm.weight for norm in norms), norms[0].eps)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x += mixer(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: Config, layer: Layer):
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = HybridMixer(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps) if layer.mlp else None
+        sizes = config.hidden_size, config.intermediate_size, config.mlp_activation
+        self.mlp = MLP(*sizes) if layer.mlp else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        before: Before,
+        producer: Left | None = None,
+    ) -> tuple[Tensor, Left]:
+        out, left = self.mixer(self.input_norm(x), rope, batch, before, producer)
+        x = x + out
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, left

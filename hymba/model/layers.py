@@ -1,0 +1,61 @@
+"""The small parts every layer is made of: RMSNorm, rotary positions, the gated MLP, meta tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hymba import ops
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class MetaTokens(nn.Module):
+    """Learned embeddings (M, D) in front of every sequence (paper eq. 4). A module of its own, so
+    that fine-tuning libraries which save modules can save it."""
+
+    def __init__(self, count: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, size))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), or down(relu(up(x))^2) without a gate."""
+
+    def __init__(self, size: int, width: int, activation: str):
+        super().__init__()
+        self.gate_proj = nn.Linear(size, width, bias=False) if activation == "silu" else None
+        self.up_proj = nn.Linear(size, width, bias=False)
+        self.down_proj = nn.Linear(width, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(F.relu(self.up_proj(x)).square())
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rope_tables(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, 1, width / 2), float32 as in the released code (spec 2.2)."""
+    pair = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[:, None].float() * base ** -(pair / width)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + width/2) of x (N, heads, width) by their position's angles."""
+    cos, sin = tables
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)

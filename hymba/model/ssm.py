@@ -1,0 +1,71 @@
+"""The SSM heads: Mamba-1 over all channels, with norms on dt, B and C as in the released model.
+
+Letters: N rows, E inner channels, n states a channel, R rank of dt, K taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hymba import ops
+from hymba.config import Config
+from hymba.model.layers import RMSNorm
+from hymba.ops import Segments
+
+
+class DepthwiseConv(nn.Module):
+    """Weights of the causal convolution, shaped as the checkpoint has them."""
+
+    def __init__(self, channels: int, taps: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+
+class SSM(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        inner, rank, states = config.inner_size, config.ssm_dt_rank, config.ssm_state
+        self.sizes = [rank, states, states]
+        self.conv = DepthwiseConv(inner, config.ssm_conv, config.ssm_conv_bias)
+        self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
+        self.dt_norm = RMSNorm(rank, config.norm_eps)
+        self.B_norm = RMSNorm(states, config.norm_eps)
+        self.C_norm = RMSNorm(states, config.norm_eps)
+        # Its bias is a parameter of its own: it is added in the scan, in the scan's wide dtype,
+        # and the projection is called as a module, because an adapter may stand in its place.
+        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.dt_bias = nn.Parameter(torch.zeros(inner))
+        self.A_log = nn.Parameter(torch.empty(inner, states))
+        self.D = nn.Parameter(torch.ones(inner))
+
+    def forward(
+        self,
+        u: Tensor,
+        gate: Tensor,
+        segments: Segments,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """u, gate (N, E) -> y (N, E), and what is left: conv (S, K-1, E), ssm (S, E, n).
+
+        The states before the rows are (S or 1, ...); None means zeros."""
+        u, conv_left = ops.causal_conv(
+            u, self.conv.weight.squeeze(1), self.conv.bias, segments, conv_state
+        )
+        dt, B, C = self.x_proj(u).split(self.sizes, dim=-1)
+        A = -torch.exp(self.A_log.to(torch.promote_types(u.dtype, torch.float32)))
+        y, ssm_left = ops.selective_scan(
+            u=u,
+            dt=self.dt_proj(self.dt_norm(dt)),
+            A=A,
+            B=self.B_norm(B),
+            C=self.C_norm(C),
+            D=self.D,
+            z=gate,
+            dt_bias=self.dt_bias,
+            segments=segments,
+            initial_state=ssm_state,
+        )
+        return y, conv_left, ssm_left

@@ -1,0 +1,60 @@
+"""Rows of different lengths without padding: runs of rows in one flat tensor.
+
+    rows     0 1 2 3 4 5 6 7 8          Segments((4, 2, 3))
+    segment  0 0 0 0 1 1 2 2 2          starts (0, 4, 6), total 9
+
+A padded batch, a packed row of documents and a mixed step of an engine are all this. Lengths are
+host integers (whoever makes a batch knows them), so nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Consecutive runs of rows; every length is at least 1."""
+
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if min(self.lengths, default=1) < 1:
+            raise ValueError(f"segment lengths must be positive, got {self.lengths}")
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each segment."""
+        return tuple(accumulate(self.lengths, initial=0))[:-1]
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Last row of each segment."""
+        return tuple(start + length - 1 for start, length in self)
+
+    @cached_property
+    def uniform(self) -> int | None:
+        """The common length, where there is one: the rows are then a view (S, T, ...)."""
+        return self.lengths[0] if len(set(self.lengths)) == 1 else None
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """(start, length) of each segment."""
+        return iter(zip(self.starts, self.lengths, strict=True))
+
+    def offsets(self, device: torch.device | str) -> Tensor:
+        """(S + 1,) int32 row offsets, as kernels read them."""
+        return torch.tensor([*self.starts, self.total], dtype=torch.int32, device=device)

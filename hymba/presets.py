@@ -1,0 +1,180 @@
+"""Plans and named configs: an architecture is a function that lays out layers. No torch here.
+
+    hymba    attention and SSM heads in every layer; first, middle and last see everything,
+             neighbouring window layers share one K/V; meta tokens in front
+    llama    attention only; its parameters and cache are exactly Llama's
+    mamba    SSM only, no MLP (mlp=True gives the paper's "Mamba + FFN")
+    samba    SSM and window attention by turns, an MLP after each
+
+`Config.preset("hymba-1.5b")` reads `PRESETS`. All four plans share embedding, norms, init and
+rotary positions, so a comparison between them is controlled by construction.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hymba.config import Config, ConfigError, Layer
+
+
+def pairs(num_layers: int, global_layers: Sequence[int]) -> list[list[int]]:
+    """Sharing groups of neighbouring window layers, two by two from each global layer on; the
+    odd one out before the next global layer keeps its own K/V."""
+    groups, index = [], 0
+    while index + 1 < num_layers:
+        if index in global_layers or index + 1 in global_layers:
+            index += 1
+        else:
+            groups.append([index, index + 1])
+            index += 2
+    return groups
+
+
+def first_middle_last(num_layers: int) -> tuple[int, ...]:
+    """The global layers of the paper: 0, 15 and 31 of 32."""
+    return tuple(sorted({0, (num_layers - 1) // 2, num_layers - 1}))
+
+
+def hymba(
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    intermediate_size: int,
+    window: int | None = 1024,
+    global_layers: Sequence[int] | None = None,
+    share: bool | Sequence[Sequence[int]] = True,
+    meta_tokens: int = 128,
+    vocab_size: int = 32001,
+    **sizes: Any,
+) -> Config:
+    """Hybrid heads in every layer. `share` is True (pairs), False, or the groups themselves."""
+    seeing_all = first_middle_last(num_layers) if global_layers is None else global_layers
+    groups = pairs(num_layers, seeing_all) if share is True else share or []
+    producer = {consumer: group[0] for group in groups for consumer in group[1:]}
+    layers = tuple(
+        Layer(window=None if i in seeing_all else window, kv_from=producer.get(i))
+        for i in range(num_layers)
+    )
+    return Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        layers=layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=intermediate_size,
+        meta_tokens=meta_tokens,
+        **sizes,
+    )
+
+
+def llama(*, num_layers: int, **sizes: Any) -> Config:
+    """Attention and MLP; values as wide as queries, one output projection, no fusion norms."""
+    return Config(layers=(Layer(ssm=False),) * num_layers, **sizes)
+
+
+def mamba(*, num_layers: int, mlp: bool = False, **sizes: Any) -> Config:
+    """SSM heads alone. Head counts are not used but must divide the width."""
+    defaults = {"num_heads": 1, "num_kv_heads": 1, "intermediate_size": 1}
+    return Config(layers=(Layer(attention=False, mlp=mlp),) * num_layers, **(defaults | sizes))
+
+
+def samba(*, num_layers: int, window: int = 1024, **sizes: Any) -> Config:
+    """SSM, MLP, window attention, MLP, and again: `num_layers` counts mixers."""
+    turns = (Layer(attention=False), Layer(ssm=False, window=window))
+    return Config(layers=tuple(turns[i % 2] for i in range(num_layers)), **sizes)
+
+
+def _released() -> Config:
+    """NVIDIA's Hymba-1.5B (paper table 11 and the released config.json): pairs and one triple."""
+    triple = [[i, i + 1] for i in range(1, 15, 2)] + [[16, 17, 18]]
+    return hymba(
+        share=triple + [[i, i + 1] for i in range(19, 31, 2)],
+        hidden_size=1600,
+        num_layers=32,
+        num_heads=25,
+        num_kv_heads=5,
+        intermediate_size=5504,
+        rope_type="ntk",
+    )
+
+
+# A preset is built when asked for. 125m and 350m: the paper's table 11, neighbours in pairs.
+PRESETS: dict[str, Callable[[], Config]] = {
+    "hymba-1.5b": _released,
+    "hymba-350m": lambda: hymba(
+        hidden_size=768, num_layers=32, num_heads=12, num_kv_heads=4, intermediate_size=2432
+    ),
+    "hymba-125m": lambda: hymba(
+        hidden_size=512, num_layers=24, num_heads=8, num_kv_heads=4, intermediate_size=1664
+    ),
+    "hymba-tiny": lambda: hymba(
+        hidden_size=128,
+        num_layers=7,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=320,
+        window=64,
+        meta_tokens=16,
+        vocab_size=4096,
+        max_positions=2048,
+    ),
+    "llama-tiny": lambda: llama(
+        hidden_size=160,
+        num_layers=7,
+        num_heads=5,
+        num_kv_heads=5,
+        intermediate_size=464,
+        vocab_size=4096,
+        max_positions=2048,
+    ),
+    "mamba-tiny": lambda: mamba(
+        hidden_size=160, num_layers=10, vocab_size=4096, max_positions=2048
+    ),
+    "samba-tiny": lambda: samba(
+        hidden_size=144,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=4,
+        intermediate_size=384,
+        window=64,
+        vocab_size=4096,
+        max_positions=2048,
+    ),
+    # Llama's shapes in our decoder, for comparisons of cost. Without Llama 3's scaling of the
+    # rotary frequencies, so these are shapes to measure, not weights to load.
+    "llama-3.2-1b": lambda: llama(
+        hidden_size=2048,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        intermediate_size=8192,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        max_positions=131072,
+        norm_eps=1e-5,
+    ),
+    "llama-3.2-3b": lambda: llama(
+        hidden_size=3072,
+        num_layers=28,
+        num_heads=24,
+        num_kv_heads=8,
+        intermediate_size=8192,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        max_positions=131072,
+        norm_eps=1e-5,
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """The config named so. Raises ConfigError naming the nearest presets."""
+    if name in PRESETS:
+        return PRESETS[name]()
+    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(PRESETS)}"
+    raise ConfigError(f"no preset is called {name!r}; {hint}")

@@ -1,0 +1,299 @@
+"""The one file format: a Hugging Face folder with the released checkpoints' names.
+
+    config.json, model.safetensors (or shards and an index), tokenizer and generation files
+
+`load` and `save` are lossless both ways. Reading is strict: a missing, extra or misshaped tensor
+is an error that names it. Writing goes to a temporary name first, so that an interrupted save
+leaves what was there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hymba.config import Config
+from hymba.errors import UserError
+from hymba.model.decoder import LanguageModel
+
+# (official, ours): parts of tensor names. Official names start with "model.", ours "decoder.".
+OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
+    ("memory_tokens", "meta_tokens.weight"),
+    ("final_layernorm.", "final_norm."),
+    (".input_layernorm.", ".input_norm."),
+    (".pre_moe_layernorm.", ".mlp_norm."),
+    (".moe.experts.0.", ".mlp."),
+    (".mamba.in_proj.", ".mixer.in_proj."),
+    (".mamba.out_proj.", ".mixer.out_proj."),
+    (".mamba.pre_avg_layernorm1.", ".mixer.attention_norm."),
+    (".mamba.pre_avg_layernorm2.", ".mixer.ssm_norm."),
+    (".mamba.conv1d.", ".mixer.ssm.conv."),
+    (".mamba.x_proj.0.", ".mixer.ssm.x_proj."),
+    (".mamba.dt_layernorm.", ".mixer.ssm.dt_norm."),
+    (".mamba.B_layernorm.", ".mixer.ssm.B_norm."),
+    (".mamba.C_layernorm.", ".mixer.ssm.C_norm."),
+    (".mamba.dt_proj.0.weight", ".mixer.ssm.dt_proj.weight"),
+    (".mamba.dt_proj.0.bias", ".mixer.ssm.dt_bias"),
+    (".mamba.A_log.0", ".mixer.ssm.A_log"),
+    (".mamba.D.0", ".mixer.ssm.D"),
+)
+# Files beside the weights that belong to a checkpoint and travel with it.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "LICENSE",
+)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_CARD = """---
+library_name: hymba
+pipeline_tag: text-generation
+---
+A hybrid-head language model: `hymba.load(folder)`, or `import hymba.hf` and then transformers'
+`AutoModelForCausalLM.from_pretrained(folder)`.
+"""
+
+
+class WeightsError(UserError):
+    """A checkpoint that cannot be loaded or saved; the message names the file or the tensors."""
+
+
+class SavesItself(Protocol):
+    def save(self, folder: str | Path) -> Any: ...
+
+
+def to_ours(official: str) -> str:
+    """model.layers.0.mamba.A_log.0 -> decoder.layers.0.mixer.ssm.A_log"""
+    if not official.startswith("model."):
+        return official
+    name = "decoder." + official.removeprefix("model.")
+    for theirs, ours in OFFICIAL_NAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def to_official(ours: str) -> str:
+    """The inverse of `to_ours`."""
+    if not ours.startswith("decoder."):
+        return ours
+    name = "model." + ours.removeprefix("decoder.")
+    for theirs, mine in OFFICIAL_NAMES:
+        name = name.replace(mine, theirs)
+    return name
+
+
+def load(
+    model: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+) -> LanguageModel:
+    """Load a folder or a hub id ("nvidia/Hymba-1.5B-Base"). dtype None keeps the file's own.
+
+    Raises ConfigError or WeightsError, one line each."""
+    target, kind = _device(device), _dtype(dtype)
+    _check_device(target, kind or torch.float32)
+    folder = find(model)
+    config = Config.from_folder(folder)
+    with torch.device("meta"):
+        empty = LanguageModel(config)
+    tensors = {to_ours(name): tensor for name, tensor in _read(folder, target, kind)}
+    wanted = _shapes(empty, config)
+    _compare(wanted, {name: tuple(x.shape) for name, x in tensors.items()}, folder)
+    empty.load_state_dict(tensors, strict=False, assign=True)
+    if config.tie_embeddings:
+        empty.lm_head.weight = empty.decoder.embed_tokens.weight
+    empty.folder = folder  # type: ignore[assignment]  # where `save` finds the side files
+    return empty.eval()
+
+
+def save(
+    model: LanguageModel,
+    folder: str | Path,
+    tokenizer: SavesItself | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a folder that `load` and transformers read. Tokenizer and generation files come from
+    `tokenizer` and from the folder the model was loaded from."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    origin = getattr(model, "folder", None)
+    for name in SIDE_FILES:
+        if origin and (Path(origin) / name).is_file() and Path(origin).resolve() != target.resolve():
+            shutil.copyfile(Path(origin) / name, target / name)
+    if tokenizer is not None:
+        tokenizer.save(target)
+    if not (target / "generation_config.json").exists():
+        _write_json(target / "generation_config.json", _generation_config(model.config))
+    if not (target / "README.md").exists():
+        _write(target / "README.md", lambda path: path.write_text(MODEL_CARD, encoding="utf-8"))
+    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    state = {to_official(k): v for k, v in model.state_dict().items() if k not in tied}
+    _write_tensors(state, target, max_shard_bytes)
+    keys = model.config.to_dict()
+    if not model.config.source:
+        keys["torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    _write_json(target / "config.json", keys)
+
+
+def find(model: str | Path) -> Path:
+    """The folder of a model: as named, or downloaded from the hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
+        raise WeightsError(f"no such model folder: {name}")
+    import huggingface_hub
+
+    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # many kinds: no network, no such repository, not allowed
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise WeightsError(
+            f"{name} is neither a folder here nor can it be had from the hub ({reason})"
+        ) from None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise WeightsError(f"there is no device called {device!r}: try cpu or cuda") from None
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise WeightsError(f"there is no dtype called {dtype!r}: try float32 or bfloat16")
+        dtype = found
+    if dtype is not None and not dtype.is_floating_point:
+        raise WeightsError(f"weights cannot be {dtype}: try float32 or bfloat16")
+    return dtype
+
+
+def _check_device(device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        probe = torch.ones(2, 2, device=device, dtype=dtype)
+        float((probe @ probe).sum())
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise WeightsError(f"{device} cannot compute in {dtype}: {reason}") from None
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError):
+            raise WeightsError(f"{folder / INDEX} is not a safetensors index") from None
+        files = [folder / name for name in sorted(set(index.values()))]
+    else:
+        files = [folder / SINGLE]
+    for file in files:
+        if not file.is_file():
+            raise WeightsError(f"{file} does not exist: the checkpoint is not complete")
+    return files
+
+
+def _read(
+    folder: Path, device: torch.device, dtype: torch.dtype | None
+) -> Iterable[tuple[str, Tensor]]:
+    for file in _files(folder):
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    yield name, tensors.get_tensor(name).to(device=device, dtype=dtype)
+        except SafetensorError as error:
+            raise WeightsError(f"{file} is damaged or cut short ({error})") from None
+
+
+def _shapes(model: LanguageModel, config: Config) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    if config.tie_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def _compare(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    """Raise one line that names what is missing, extra or misshaped, by official names."""
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    both = [name for name in wanted if name in found]
+    shapes = [
+        f"{to_official(name)} is {found[name]}, not {wanted[name]}"
+        for name in both
+        if found[name] != wanted[name]
+    ]
+    parts = [
+        f"missing {_some(map(to_official, missing))}" if missing else "",
+        f"not expected {_some(map(to_official, extra))}" if extra else "",
+        _some(shapes) if shapes else "",
+    ]
+    if any(parts):
+        faults = "; ".join(filter(None, parts))
+        raise WeightsError(f"{folder}: tensors do not fit config.json: {faults}")
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def _generation_config(config: Config) -> dict[str, Any]:
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    return {key: value for key, value in ids.items() if value is not None} | {"use_cache": True}
+
+
+def _write_tensors(state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        part = {name: state[name].detach().cpu().contiguous() for name in names}
+        _write(folder / file, lambda path, part=part: save_file(part, path, {"format": "pt"}))
+    stale = [f for f in folder.glob("model*.safetensors") if f.name not in split.filename_to_tensors]
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / INDEX, index)
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for file in stale:  # of an earlier save here in other shards
+        file.unlink()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, fill: Any) -> None:
+    """Fill a temporary file, then rename it: the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        fill(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
