@@ -115,7 +115,10 @@ class Decoder(nn.Module):
             x = self.meta_tokens()
             batch = Batch.of((), device=x.device).with_meta(self.config.meta_tokens)
             _, lefts = self._blocks(x, batch, [Before()] * len(self.layers))
-            self._memo = key, [left.meta or State() for left in lefts]
+            states = [left.meta or State() for left in lefts]
+            own = [layer.owns_kv for layer in self.config.layers]  # the others hold references
+            states = [s if o else s._replace(k=None, v=None) for s, o in zip(states, own, strict=True)]
+            self._memo = key, states
         return self._memo[1]
 
     def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:
