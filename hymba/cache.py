@@ -16,7 +16,6 @@ their producer saw. Because a sequence's state is small, branching, preemption a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -194,7 +193,9 @@ class Cache:
 
     def ssm_state(self, index: int, slots: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         store = self.ssm[index]
-        return (None, None) if store is None else (_rows(store.conv, slots), _rows(store.ssm, slots))
+        return (
+            (None, None) if store is None else (_rows(store.conv, slots), _rows(store.ssm, slots))
+        )
 
     def commit(self, slots: Sequence[int], segments: Segments, states: Sequence[State]) -> None:
         """Append what one forward computed, layer by layer, to the slots' sequences."""

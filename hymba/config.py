@@ -327,7 +327,7 @@ class _Reader:
             )
         return tuple(
             Layer(
-                window=None if window is None or i in global_layers else int(window),
+                window=None if window is None or i in (global_layers or ()) else int(window),
                 kv_from=kv_from.get(i),
             )
             for i in range(count)

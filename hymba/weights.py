@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hymba.config import Config
 from hymba.errors import UserError
+from hymba.hub import find
 from hymba.model.decoder import LanguageModel
 
 # (official, ours): parts of tensor names. Official names start with "model.", ours "decoder.".
@@ -129,10 +130,11 @@ def save(
     `tokenizer` and from the folder the model was loaded from."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    origin = getattr(model, "folder", None)
-    for name in SIDE_FILES:
-        if origin and (Path(origin) / name).is_file() and Path(origin).resolve() != target.resolve():
-            shutil.copyfile(Path(origin) / name, target / name)
+    origin = Path(getattr(model, "folder", target))
+    if origin.resolve() != target.resolve():
+        for name in SIDE_FILES:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, target / name)
     if tokenizer is not None:
         tokenizer.save(target)
     if not (target / "generation_config.json").exists():
@@ -146,27 +148,6 @@ def save(
     if not model.config.source:
         keys["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     _write_json(target / "config.json", keys)
-
-
-def find(model: str | Path) -> Path:
-    """The folder of a model: as named, or downloaded from the hub."""
-    if Path(model).is_dir():
-        return Path(model)
-    name = str(model)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
-        raise WeightsError(f"no such model folder: {name}")
-    import huggingface_hub
-
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:  # many kinds: no network, no such repository, not allowed
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise WeightsError(
-            f"{name} is neither a folder here nor can it be had from the hub ({reason})"
-        ) from None
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -274,14 +255,14 @@ def _write_tensors(state: dict[str, Tensor], folder: Path, max_shard_bytes: int)
     for file, names in split.filename_to_tensors.items():
         part = {name: state[name].detach().cpu().contiguous() for name in names}
         _write(folder / file, lambda path, part=part: save_file(part, path, {"format": "pt"}))
-    stale = [f for f in folder.glob("model*.safetensors") if f.name not in split.filename_to_tensors]
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / INDEX, index)
     else:
         (folder / INDEX).unlink(missing_ok=True)
-    for file in stale:  # of an earlier save here in other shards
-        file.unlink()
+    for old in folder.glob("model*.safetensors"):
+        if old.name not in split.filename_to_tensors:  # of an earlier save here, in other shards
+            old.unlink()
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -22,7 +22,7 @@ EXAMPLES = (
     'runs/demo/hymba "def fibonacci(n):"',
     'runs/demo/hymba "import os" "class Node:" --max-tokens 100 --temperature 0.8 --seed 1',
     'nvidia/Hymba-1.5B-Base "The capital of France is" --device cuda --dtype bfloat16',
-    'runs/demo/hymba - < prompt.txt',
+    "runs/demo/hymba - < prompt.txt",
 )
 
 
@@ -61,8 +61,9 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from hymba.engine import Sampling
+    from hymba.hub import find
     from hymba.tokenizer import Tokenizer
-    from hymba.weights import find, load
+    from hymba.weights import load
 
     names = "max_tokens temperature top_k top_p min_p seed".split()
     sampling = Sampling(**{name: getattr(options, name) for name in names})

@@ -39,7 +39,5 @@ def attend(
         if meta is not None and meta.k is not None and meta.v is not None:
             prefix = Meta(meta.k, meta.v)
         rest = q[batch.meta :]
-        outs.append(
-            ops.attention(rest, text.k, text.v, batch.segments, layer.window, prefix, past)
-        )
+        outs.append(ops.attention(rest, text.k, text.v, batch.segments, layer.window, prefix, past))
     return torch.cat(outs).flatten(1) if len(outs) > 1 else outs[0].flatten(1)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba import ops
@@ -82,9 +81,7 @@ class Decoder(nn.Module):
                 raise UserError(f"token id {bad} is outside the vocabulary (0 to {size - 1})")
         return self.embed_tokens(rows)
 
-    def _blocks(
-        self, x: Tensor, batch: Batch, befores: list[Before]
-    ) -> tuple[Tensor, list[Left]]:
+    def _blocks(self, x: Tensor, batch: Batch, befores: list[Before]) -> tuple[Tensor, list[Left]]:
         """x (batch.meta + N, D) through every block; what each leaves."""
         meta = torch.arange(batch.meta, device=x.device)
         positions = torch.cat([meta, batch.positions.to(x.device) + self.config.meta_tokens])
@@ -116,9 +113,14 @@ class Decoder(nn.Module):
             batch = Batch.of((), device=x.device).with_meta(self.config.meta_tokens)
             _, lefts = self._blocks(x, batch, [Before()] * len(self.layers))
             states = [left.meta or State() for left in lefts]
-            own = [layer.owns_kv for layer in self.config.layers]  # the others hold references
-            states = [s if o else s._replace(k=None, v=None) for s, o in zip(states, own, strict=True)]
-            self._memo = key, states
+            own = [layer.owns_kv for layer in self.config.layers]  # others refer to an owner's
+            self._memo = (
+                key,
+                [
+                    state if owns else state._replace(k=None, v=None)
+                    for state, owns in zip(states, own, strict=True)
+                ],
+            )
         return self._memo[1]
 
     def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:

@@ -1,4 +1,4 @@
-"""The hybrid head: attention and SSM heads read the same rows side by side.
+r"""The hybrid head: attention and SSM heads read the same rows side by side.
 
     x --in_proj--> q k v ----> attention ----> norm --\
               \--> u gate ---> conv, scan ---> norm ---+--> mean --out_proj-->
@@ -122,8 +122,9 @@ class HybridMixer(nn.Module):
     def fuse(self, outs: list[Tensor]) -> Tensor:
         if self.attention_norm is None or self.ssm_norm is None:
             return outs[0]
-        norms = self.attention_norm, self.ssm_norm
-        return ops.fuse_heads(*outs, *(norm.weight for norm in norms), norms[0].eps)
+        attention, ssm = outs
+        weights = self.attention_norm.weight, self.ssm_norm.weight
+        return ops.fuse_heads(attention, ssm, *weights, eps=self.ssm_norm.eps)
 
 
 class Block(nn.Module):

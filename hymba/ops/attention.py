@@ -65,7 +65,7 @@ def attention_reference(
             keys.insert(0, past.k[index].transpose(0, 1))
             values.insert(0, past.v[index].transpose(0, 1))
             places.insert(0, past.positions[index])
-        seen = _visible(positions, torch.cat(places), window)  # (T, P + T)
+        seen = visible(positions, torch.cat(places), window)  # (T, P + T)
         if meta is not None:
             keys.insert(0, meta.k)
             values.insert(0, meta.v)
@@ -74,8 +74,8 @@ def attention_reference(
     return torch.cat(outs)
 
 
-def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Positions (..., T) and (..., P) -> bool (..., T, P); a key at -1 is an empty place."""
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """The mask: positions (..., T), (..., P) -> bool (..., T, P); a key under 0 is no key."""
     distance = queries[..., :, None] - keys[..., None, :]
     seen = (distance >= 0) & (keys >= 0)[..., None, :]
     return seen if window is None else seen & (distance <= window)
@@ -146,8 +146,11 @@ def _equal(
     q = q.unflatten(0, (s, length)).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     k, v = (x.unflatten(0, (s, length)).transpose(1, 2) for x in (k, v))
     # q (s, G, H/G, T, h); k (s, G, T, h); v (s, G, T, e)
-    attend = _blocks_fused if past is None else _blocks_split
-    out = torch.cat(list(attend(q, k, v, window, meta, past)), dim=3)  # (s, G, H/G, T, e)
+    if past is None:
+        blocks = _blocks_fused(q, k, v, window, meta)
+    else:
+        blocks = _blocks_split(q, k, v, window, meta, past)
+    out = torch.cat(list(blocks), dim=3)  # (s, G, H/G, T, e)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
@@ -159,14 +162,14 @@ def _query_blocks(length: int, window: int | None) -> Iterator[tuple[int, int, i
 
 
 def _blocks_fused(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, meta: Meta | None, past: None
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, meta: Meta | None
 ) -> Iterator[Tensor]:
     """No cache: torch's fused attention, block by block."""
     s, groups, per_group = q.shape[:3]
     positions = torch.arange(q.shape[3], device=q.device)
     for first, end, key in _query_blocks(q.shape[3], window):
         keys, values = k[:, :, key:end], v[:, :, key:end]
-        seen = _visible(positions[first:end], positions[key:end], window)
+        seen = visible(positions[first:end], positions[key:end], window)
         if meta is not None:
             keys = torch.cat([_shared(meta.k, s), keys], dim=2)
             values = torch.cat([_shared(meta.v, s), values], dim=2)
@@ -200,7 +203,8 @@ def _blocks_split(
     positions = begin[:, None] + torch.arange(q.shape[3], device=q.device)  # (s, T)
     for first, end, key in _query_blocks(q.shape[3], window):
         block, here = q[:, :, :, first:end], positions[:, first:end]
-        seen = [_visible(here, past.positions, window), _visible(here, positions[:, key:end], window)]
+        places = past.positions, positions[:, key:end]
+        seen = [visible(here, place, window) for place in places]
         keys = [past.k, k[:, :, key:end]]
         values = [past.v, v[:, :, key:end]]
         if meta is not None:
@@ -210,7 +214,9 @@ def _blocks_split(
         yield _split_softmax(block, keys, values, seen)
 
 
-def _split_softmax(q: Tensor, keys: list[Tensor], values: list[Tensor], seen: list[Tensor]) -> Tensor:
+def _split_softmax(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], seen: list[Tensor]
+) -> Tensor:
     """q (s, G, r, T, h), each source (s or 1, G, P, width) and (s or 1, T, P)."""
     wide, scale = torch.promote_types(q.dtype, torch.float32), q.shape[-1] ** -0.5
     scores = []
@@ -220,7 +226,7 @@ def _split_softmax(q: Tensor, keys: list[Tensor], values: list[Tensor], seen: li
     weights = torch.cat(scores, dim=-1).softmax(-1).to(q.dtype)
     shares = weights.split([k.shape[2] for k in keys], dim=-1)
     parts = [_products(share, v) for share, v in zip(shares, values, strict=True)]
-    return torch.stack(parts).sum(0) if len(parts) > 2 else parts[0] + parts[1]
+    return sum(parts[1:], start=parts[0])
 
 
 def _products(rows: Tensor, matrix: Tensor) -> Tensor:

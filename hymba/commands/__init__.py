@@ -1,0 +1,33 @@
+"""The commands of `hymba`: one module each, with `main(argv) -> exit code`.
+
+A command's options are a dataclass, read by `parse`. Everything heavy is imported inside `main`,
+so that `hymba COMMAND --help` answers at once. What a command does lives in the rooms above; here
+are only its options and what it prints.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import TypeVar
+
+Options = TypeVar("Options")
+
+
+def parse(
+    options: type[Options], argv: Sequence[str], command: str, examples: Sequence[str] = ()
+) -> Options:
+    """Read a command's options; `--help` and mistakes end the program here, as argparse's do.
+
+    The help opens with the dataclass' docstring and the examples (arguments only).
+    """
+    import tyro  # here: a machine without it can still import the command
+
+    lines = [inspect.getdoc(options) or ""]
+    if examples:
+        lines += ["", "Examples:", *(f"  hymba {command} {example}" for example in examples)]
+    return tyro.cli(
+        options,
+        args=list(argv),
+        prog=f"hymba {command}",
+        description="\n".join(lines),
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+    )

@@ -1,0 +1,1 @@
+"""A run is a Python function that returns its settings; a variant is base plus one line."""

@@ -1,0 +1,55 @@
+"""The demo's two models and their run: small enough for a laptop, every Hymba feature on.
+
+The attention-only model is a plan of the same decoder with the same depth, embedding and
+tokenizer, fitted to the same number of parameters by its MLP width; data, order, seed, optimiser
+and schedule are the same too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hymba.config import Config
+from hymba.model.accounting import fit, parameters
+from hymba.presets import hymba, llama
+from hymba.train import Schedule, TrainConfig
+
+VOCABULARY = 4096
+STEPS = 300
+
+
+def hybrid(vocab_size: int = VOCABULARY) -> Config:
+    """Seven hybrid layers: three see everything, two pairs share K/V through a window of 64."""
+    return hymba(
+        hidden_size=128,
+        num_layers=7,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=384,
+        window=64,
+        meta_tokens=16,
+        ssm_state=8,
+        vocab_size=vocab_size,
+    )
+
+
+def attention_only(vocab_size: int = VOCABULARY) -> Config:
+    """As many parameters and the same heads, all attention."""
+    budget = parameters(hybrid(vocab_size))["total"]
+    sizes = {"hidden_size": 128, "num_layers": 7, "num_heads": 4, "num_kv_heads": 2}
+    return fit(lambda width: llama(intermediate_size=width, vocab_size=vocab_size, **sizes), budget)
+
+
+def run(folder: Path, steps: int = STEPS) -> TrainConfig:
+    """2048 tokens a step; the held-out files are looked at four times."""
+    return TrainConfig(
+        folder=folder,
+        steps=steps,
+        rows=8,
+        sequence_length=256,
+        schedule=Schedule(peak=4e-3, warmup=0.05, decay=0.3),
+        held_out_every=max(1, steps // 4),
+        held_out_tokens=32768,
+        save_every=max(1, steps // 6),
+        log_every=max(1, min(10, steps // 10)),
+    )
