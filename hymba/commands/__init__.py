@@ -6,6 +6,7 @@ are only its options and what it prints.
 """
 
 import inspect
+import os
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -31,3 +32,15 @@ def parse(
         description="\n".join(lines),
         config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
     )
+
+
+def choose_threads(asked: int = 0) -> None:
+    """CPU threads of torch: as asked, as OMP_NUM_THREADS says, else half the cores.
+
+    Small products wait for the slowest thread, and a "core" is often half of one: a thread for
+    each is slower than half as many, and many times slower beside other work.
+    """
+    import torch
+
+    if asked or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(asked or max(1, (os.cpu_count() or 2) // 2))

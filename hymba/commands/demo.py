@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("", "--steps 1000 --folder runs/longer", "--fresh")
 RECORD = "demo.json"  # what this folder was made with
-CONTENTS = ("data", "tokenizer", "training", "hymba", "llama", RECORD, "demo.json.tmp", "demo.png")
+CONTENTS = (
+    "data",
+    "tokenizer",
+    "training",
+    "hymba",
+    "llama",
+    RECORD,
+    "demo.json.tmp",
+    "demo.png",
+    "result.json",
+)
 NAMES = {"hymba": "hybrid heads", "llama": "attention only"}
 
 
@@ -96,6 +106,7 @@ def _run(options: Options, settings: _Settings) -> int:
     rows = report.compare(trained, held_out)
     report.show_table(rows)
     report.save_figure(rows, options.folder / "demo.png")
+    report.save_json(rows, options.folder / "result.json")
     print(f"figure    {options.folder / 'demo.png'}")
     print(f"model     {options.folder / 'hymba'}  (hymba.load or transformers read it)")
     print(f'go on     hymba generate {options.folder / "hymba"} "import os" --max-tokens 100')

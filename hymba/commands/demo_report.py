@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import hymba
 from hymba.config import Config
 from hymba.engine import Sampling, stream
 from hymba.model.accounting import cache_bytes, parameters
@@ -134,6 +138,23 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     return found
 
 
+def save_json(rows: Sequence[Row], path: Path) -> None:
+    """The table for programs, with what it was measured on."""
+    facts = {
+        "hymba": hymba.__version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "steps": len(rows[0].steps),
+    }
+    table = {
+        label: dict(zip([r.name for r in rows], cells, strict=True)) for label, cells in lines(rows)
+    }
+    path.write_text(json.dumps(facts | {"table": table}, indent=2) + "\n", encoding="utf-8")
+
+
 def save_figure(rows: Sequence[Row], path: Path) -> bool:
     """Loss curves, cache growth, and the mask of a window layer. False without matplotlib."""
     try:
@@ -180,7 +201,7 @@ def _plot_mask(axes: object, config: Config) -> None:
     colours = ListedColormap(["#f2f2f2", "#1f77b4", "#ff7f0e"])
     axes.imshow(torch.cat([meta, seen], dim=1), cmap=colours, interpolation="nearest")  # type: ignore[attr-defined]
     axes.set(  # type: ignore[attr-defined]
-        title=f"a window layer sees {config.meta_tokens} meta tokens and {window} back",
+        title=f"mask of a window layer: {config.meta_tokens} meta tokens, {window} back",
         xlabel="key (meta tokens, then text)",
         ylabel="query (text)",
     )

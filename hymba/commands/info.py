@@ -29,6 +29,7 @@ EXAMPLES = (
 LENGTHS = (512, 2048, 8192, 32768, 131072)  # of the cache table, as far as the model's positions go
 CONTEXT = 8192  # unless another is asked for, or the positions end before
 WEIGHT_BYTES = 2  # bfloat16
+PAPER_TOKENS = 8000  # the paper's "8k"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def describe(config: Config, context: int) -> dict[str, Any]:
         "context": context,
         "flops_per_token": accounting.flops_per_token(config, context),
         "cache_bytes": {str(n): accounting.cache_bytes(config, n) for n in lengths},
+        "paper_cache_bytes": accounting.paper_cache_bytes(config, PAPER_TOKENS),
         "plan": plan(config),
         "kv_from": [layer.kv_from for layer in config.layers],
         "config": config.to_dict(),
@@ -143,7 +145,7 @@ def report(name: str, config: Config, context: int) -> str:
         _draw_plan(facts["plan"]) + _far_sharing(config),
         _parameter_table(facts["parameters"]),
         [flops],
-        _cache_table(facts["cache_bytes"]),
+        [*_cache_table(facts["cache_bytes"]), _paper_line(facts["paper_cache_bytes"])],
     ]
     if context > config.max_positions:
         blocks.append([f"note: this model's positions end at {config.max_positions:,} tokens"])
@@ -194,6 +196,10 @@ def _cache_table(cache: dict[str, dict[str, int]]) -> list[str]:
     meta = f"and once for all sequences, what the meta tokens leave: {_short(longest['meta'], 'B')}"
     lines = [title, *_align([["tokens", *(kind.replace("_", " ") for kind in kinds)], *rows])]
     return lines + ([meta] if longest["meta"] else [])
+
+
+def _paper_line(count: int) -> str:
+    return f"by the paper's own count (FP16, {PAPER_TOKENS:,} tokens): {_short(count, 'B')}"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

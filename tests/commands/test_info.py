@@ -1,0 +1,120 @@
+"""`hymba info`: the numbers of accounting.py, told to people and to programs; layers drawn."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro", reason="the commands read their options with tyro")
+
+from hymba import cli  # noqa: E402
+from hymba.commands import info  # noqa: E402
+from hymba.config import Config, Layer  # noqa: E402
+from hymba.model import accounting  # noqa: E402
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(["info", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("hymba: error: ") and err.count("\n") == 1, err
+    return err
+
+
+def run_info(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(["info", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_info_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["info", "--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert "hymba info hymba-1.5b" in text and "MODEL" in text and "--json" in text
+
+
+def test_info_prints_the_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run_info(capsys, "hymba-1.5b", "--context", "4096")
+    assert "1,522,797,824 parameters, 3.05 GB" in text
+    assert "G" + 14 * "w" + "G" + 15 * "w" + "G" in text  # first, middle, last
+    assert "o" + 7 * "o<" + "oo<<" + 6 * "o<" + "o" in text
+    assert "  4,096" in text and "note:" not in text
+    assert "note:" in run_info(capsys, "hymba-1.5b", "--context", "9000")
+
+
+def test_info_json_agrees_with_accounting(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config.preset("hymba-tiny")
+    facts = json.loads(run_info(capsys, "hymba-tiny", "--context", "700", "--json"))
+    assert facts["parameters"] == accounting.parameters(config)
+    assert facts["flops_per_token"] == accounting.flops_per_token(config, 700)
+    assert facts["cache_bytes"]["700"] == accounting.cache_bytes(config, 700)
+    assert Config.from_dict(facts["config"]) == config
+    assert list(facts["cache_bytes"]) == ["512", "700", "2048"]
+
+
+@pytest.mark.parametrize("preset", info.PRESETS)
+def test_info_draws_every_preset(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run_info(capsys, preset)
+    plan = info.plan(Config.preset(preset))
+    assert all(row in text for row in plan.values()) or len(plan["mlp"]) > 40
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_info_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config.preset("hymba-tiny")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    expected = run_info(capsys, "hymba-tiny").splitlines()
+    for name in (tmp_path, tmp_path / "config.json"):
+        lines = run_info(capsys, str(name)).splitlines()
+        assert "(folder)" in lines[0] and lines[1:] == expected[1:]
+
+
+def test_info_asks_the_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only config.json is fetched; without a network there is one clear line."""
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "config.json").write_text(json.dumps(Config.preset("hymba-tiny").to_dict()))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda model, name: tmp_path / name)
+    assert "some/model (hub): " in run_info(capsys, "some/model")
+
+    def fails(model: str, name: str) -> Path:
+        raise OSError("no network\nand much more")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fails)
+    assert cli.main(["info", "some/model"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("hymba: error: some/model") and last.endswith(": no network")
+
+
+def test_far_sharing_is_spelled_out() -> None:
+    """The drawing's "<" says "of the owner before it"; anything else gets a line."""
+    layers = [Layer(), Layer(), Layer(kv_from=0), Layer(kv_from=1)]
+    config = Config.preset("hymba-tiny").replace(layers=tuple(layers))
+    text = info.report("here", config, 100)
+    assert "oo<<" in text
+    assert "layer 2 reads the K/V of layer 0" in text and "layer 3 reads" not in text
+
+
+def test_many_layers_are_drawn_in_pieces() -> None:
+    config = Config.preset("hymba-tiny").replace(layers=(Layer(),) * 95)
+    lines = info.report("deep", config, 100).splitlines()
+    drawn = [line.split()[1] for line in lines if line.startswith("  attention  G")]
+    assert [len(piece) for piece in drawn] == [40, 40, 15]
+    assert "layers       40        50        60        70" in lines
+
+
+def test_sizes_are_rounded_for_people() -> None:
+    counts = (0, 999, 1000, 3_045_595_648, 999_400_000, 999_600_000, 2e13)
+    assert [info._short(n, "B") for n in counts] == [
+        *("0 B", "999 B", "1.00 kB", "3.05 GB", "999 MB", "1.00 GB", "20.0 TB")
+    ]
+
+
+def test_info_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "hymba-1.5b" in mistake(capsys, "hymba-1.5")
+    assert "no folder" in mistake(capsys, "./nothing/here")
+    assert "config.json" in mistake(capsys, str(tmp_path))
+    assert "--context" in mistake(capsys, "hymba-tiny", "--context", "0")
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in mistake(capsys, str(tmp_path))
