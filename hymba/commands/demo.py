@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hymba.commands import parse
+from hymba.commands import choose_threads, parse
 from hymba.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,17 +27,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("", "--steps 1000 --folder runs/longer", "--fresh")
 RECORD = "demo.json"  # what this folder was made with
-CONTENTS = (
-    "data",
-    "tokenizer",
-    "training",
-    "hymba",
-    "llama",
-    RECORD,
-    "demo.json.tmp",
-    "demo.png",
-    "result.json",
-)
+FOLDERS = ("data", "tokenizer", "training", "hymba", "llama")
+FILES = (RECORD, f"{RECORD}.tmp", "demo.png", "result.json")
 NAMES = {"hymba": "hybrid heads", "llama": "attention only"}
 
 
@@ -70,13 +61,10 @@ def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, "demo", EXAMPLES)
     if options.steps < 0 or options.threads < 0:
         raise UserError("--steps and --threads must be 0 or more")
-    import torch
-
     from hymba import __version__
     from hymba.recipes import demo as recipe
 
-    if options.threads or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) // 2))
+    choose_threads(options.threads)
     settings = _Settings(__version__, options.steps or recipe.STEPS)
     _open_folder(options.folder, settings, options.fresh)
     return _run(options, settings)
@@ -164,12 +152,10 @@ def _reuse(folder: Path) -> bool:
 
 def _empty(folder: Path) -> None:
     """Remove what a demo makes, and nothing else."""
-    for name in CONTENTS:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _data(folder: Path, vocab_size: int) -> tuple[Tokenizer, TokenStore, TokenStore]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from hymba.commands import parse
+from hymba.commands import choose_threads, parse
 from hymba.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Options:
     """cpu, cuda, ...; without it a GPU where there is one."""
     dtype: str | None = None
     """float32, bfloat16, ...; without it the checkpoint's own."""
+    threads: int = 0
+    """CPU threads (0: half the cores)."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     folder = find(options.model)
     tokenizer = Tokenizer.from_folder(folder)
+    choose_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(folder, device, options.dtype)
     answer = _stream_one if len(prompts) == 1 else _answer_all
