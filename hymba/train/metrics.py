@@ -1,0 +1,104 @@
+"""What a run tells: one JSON object a line in a file, one readable line a step on the screen.
+
+The file is the record (plots and tables read it), the screen is for people. A resumed run takes
+back the lines after the step it resumes from, so the file reads as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends records to `path`; each has a "step", the number of steps done when it was made."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        """Open for a run that has done `step` steps: later records are dropped."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read(path) if record["step"] <= step]
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text("".join(_as_line(record) for record in kept))
+        os.replace(unfinished, path)
+        self._file = open(path, "a")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; it is in the file when this returns."""
+        self._file.write(_as_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: str | Path) -> list[Record]:
+    """All whole records of a file, oldest first; none if it is absent.
+
+    A last line cut short by a killed process is left out.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the records that have `key`, ready to plot."""
+    found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def step_line(record: Mapping[str, Any], steps: int) -> str:
+    """The line that a step prints: loss, learning rate, gradient norm, speed, time to go."""
+    parts = [
+        f"step {record['step']:>{len(str(steps))}}/{steps}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        f"grad {record['grad_norm']:.2f}",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+        f"eta {duration(record['eta'])}",
+    ]
+    if record.get("skipped_steps"):
+        parts.append(f"skipped {record['skipped_steps']}")
+    return "  ".join(parts)
+
+
+def held_out_line(record: Mapping[str, Any]) -> str:
+    """The line that a look at the held-out documents prints."""
+    return (
+        f"step {record['step']}  held out: loss {record['held_out_loss']:.4f}"
+        f"  bits per byte {record['bits_per_byte']:.4f}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42s, 3m20s, 5h07m, 2d03h."""
+    whole = max(0, round(seconds))
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days}d{hours % 24:02}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02}m"
+    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
+
+
+def _as_line(record: Mapping[str, Any]) -> str:
+    # JSON has no word for nan and inf; null is what plots leave out.
+    plain = {key: None if _is_odd(value) else value for key, value in record.items()}
+    return json.dumps(plain) + "\n"
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
