@@ -27,7 +27,11 @@ def base(folder: str | None) -> tuple[torch.nn.Module, Tokenizer]:
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder), Tokenizer.from_folder(folder)
     tokenizer = Tokenizer.train([SENTENCE], vocab_size=320)
-    config = hymba.Config.preset("hymba-tiny").replace(vocab_size=tokenizer.vocab_size)
+    # Larger initial weights than usual: the embedding stays frozen, and from small ones no
+    # adapter could make the head sure of a token.
+    config = hymba.Config.preset("hymba-tiny").replace(
+        vocab_size=tokenizer.vocab_size, initializer_range=0.1
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(hymba.hf.HymbaConfig.from_hymba(config))
     return model, tokenizer

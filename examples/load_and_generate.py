@@ -1,11 +1,12 @@
 """Load a model and continue two prompts as one batch, then show the cache of one sequence.
 
-    python examples/load_and_generate.py                                # a tiny untrained model
-    python examples/load_and_generate.py runs/demo/hymba                # what `make demo` trained
-    python examples/load_and_generate.py nvidia/Hymba-1.5B-Base         # downloads 3 GB, 6 GB of RAM
+    python examples/load_and_generate.py                            # a tiny untrained model
+    python examples/load_and_generate.py runs/demo/hymba            # what `make demo` trained
+    python examples/load_and_generate.py nvidia/Hymba-1.5B-Base     # downloads 3 GB
 
-Without an argument it writes a model folder to a temporary place and loads that: its text is noise,
-but everything else is as with a trained one. The released checkpoints have NVIDIA's own licence.
+Without an argument it writes a model folder to a temporary place and loads that: its text is
+noise, but everything else is as with a trained one. The released checkpoints come under NVIDIA's
+own licence; in float32, as on a CPU here, the 1.5B needs about 7 GB of memory.
 """
 
 import sys

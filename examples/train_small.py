@@ -23,10 +23,10 @@ def main(folder: Path, steps: int) -> None:
     files = Files(everything.root, everything.names[:150])  # a part, so that this is quick
     train, held_out = split(files)
     tokenizer = Tokenizer.train(train, vocab_size=2048)
-    stores = [prepare(folder / name, part, tokenizer) for name, part in
-              {"train": train, "held_out": held_out}.items()]  # fmt: skip
+    data = prepare(folder / "train", train, tokenizer)
+    unseen = prepare(folder / "held_out", held_out, tokenizer)
 
-    # The preset, narrower in its vocabulary. `hymba.presets` has the plan functions.
+    # A preset with this vocabulary; `hymba.presets` has the functions that lay out other plans.
     config = hymba.Config.preset("hymba-tiny").replace(vocab_size=tokenizer.vocab_size)
     model = LanguageModel(config).init_weights(seed=0)
     run = TrainConfig(
@@ -38,8 +38,9 @@ def main(folder: Path, steps: int) -> None:
         held_out_tokens=4096,
         log_every=max(1, steps // 8),
     )
-    result = Trainer(model, run, *stores).run()
-    print(f"bits per byte on held-out files: {result.bits_per_byte}")
+    result = Trainer(model, run, data, unseen).run()
+    if result.stopped:
+        return
 
     hymba.save(model, folder / "model", tokenizer)
     prompt = tokenizer.encode("import ", bos=True)

@@ -109,9 +109,14 @@ class KVStore:
         return self.k[slot, :, :used].clone(), self.v[slot, :, :used].clone()
 
     def put(self, slot: int, kept: tuple[Tensor, Tensor]) -> None:
+        self.clear(slot)
         for store, part in zip((self.k, self.v), kept, strict=True):
-            store[slot].zero_()
             store[slot, :, : part.shape[1]] = part
+
+    def clear(self, slot: int) -> None:
+        """Zeros, so that what a sequence left (it may have overflowed) reaches no other."""
+        self.k[slot].zero_()
+        self.v[slot].zero_()
 
 
 class SSMStore:
@@ -181,6 +186,11 @@ class Cache:
     def slots(self) -> int:
         return len(self.lengths)
 
+    def length(self, slot: int) -> int:
+        """Text tokens of the sequence in a slot."""
+        self._check(slot)
+        return self.lengths[slot]
+
     def past(self, index: int, slots: Sequence[int]) -> Past | None:
         """The K/V that layer `index` reads, its own or its producer's; None if all are new."""
         layer = self.config.layers[index]
@@ -225,15 +235,15 @@ class Cache:
     def reset(self, slot: int) -> None:
         """Empty a slot: its next sequence begins after the meta tokens."""
         self._check(slot)
-        for store in self.ssm:
-            if store is not None:
-                store.put(slot, store.start)
+        for kv in filter(None, self.kv):
+            kv.clear(slot)
+        for ssm in filter(None, self.ssm):
+            ssm.put(slot, ssm.start)
         self.lengths[slot] = 0
 
     def snapshot(self, slot: int) -> Snapshot:
         """A copy of one sequence's state, independent of the cache."""
-        self._check(slot)
-        length = self.lengths[slot]
+        length = self.length(slot)
         return Snapshot(
             length,
             tuple(None if kv is None else kv.take(slot, length) for kv in self.kv),

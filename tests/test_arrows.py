@@ -20,7 +20,7 @@ PACKAGE = ROOT / "hymba"
 
 ROWS: list[list[set[str]]] = [
     [{"errors"}],
-    [{"config", "presets"}, {"ops"}, {"tokenizer"}],
+    [{"config", "presets"}, {"hub"}, {"ops"}, {"tokenizer"}],
     [{"cache"}],
     [{"model"}],
     [{"weights"}],

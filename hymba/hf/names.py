@@ -82,7 +82,7 @@ def refuse_misfit(report: Mapping[str, Any], where: str, misshaped_is_fine: bool
     ]
     if any(faults):
         told = "; ".join(filter(None, faults))
-        raise WeightsError(f"{where}: tensors do not fit config.json: {told}")
+        raise WeightsError(f"{where}: tensors do not fit the model: {told}")
 
 
 def _fault(what: str, names: Iterable[str], most: int = 8) -> str:

@@ -71,6 +71,14 @@ class HymbaPreTrainedModel(PreTrainedModel):
             raise WeightsError(f"{where}: lm_head.weight differs from the embedding it is tied to")
         return (model, report) if output_loading_info else model
 
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers, but an adapter that does not fit is an error (5.17 cannot
+        load whole modules that peft saved, and only warns)."""
+        report = super().load_adapter(*args, **kwargs)
+        if report is not None:
+            refuse_misfit(report.to_dict(), "the adapter", misshaped_is_fine=False)
+        return report
+
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hymba import ops
 from hymba.cache import Cache, State
-from hymba.config import Config
+from hymba.config import Config, Layer
 from hymba.errors import UserError
 from hymba.model.batch import Batch
 from hymba.model.hybrid import Before, Block, Left
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         return self.final_norm(x[batch.meta :])
 
     def _continue(self, rows: Tensor, batch: Batch, cache: Cache) -> Tensor:
-        held = tuple(cache.lengths[slot] for slot in batch.slots)
+        held = tuple(cache.length(slot) for slot in batch.slots)
         if held != batch.past:
             raise ValueError(f"the batch continues {batch.past} tokens, its slots hold {held}")
         befores = [
@@ -98,6 +98,7 @@ class Decoder(nn.Module):
     def _gradients_flow(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
+    @torch.inference_mode(False)  # or autograd would refuse what was kept
     @torch.no_grad()
     def meta_states(self) -> list[State]:
         """What the meta tokens leave in each layer, without gradients; a constant of the weights.
@@ -112,21 +113,21 @@ class Decoder(nn.Module):
             x = self.meta_tokens()
             batch = Batch.of((), device=x.device).with_meta(self.config.meta_tokens)
             _, lefts = self._blocks(x, batch, [Before()] * len(self.layers))
-            states = [left.meta or State() for left in lefts]
-            own = [layer.owns_kv for layer in self.config.layers]  # others refer to an owner's
-            self._memo = (
-                key,
-                [
-                    state if owns else state._replace(k=None, v=None)
-                    for state, owns in zip(states, own, strict=True)
-                ],
-            )
+            layers = zip(lefts, self.config.layers, strict=True)
+            self._memo = key, [_own(left.meta, layer) for left, layer in layers]
         return self._memo[1]
 
     def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:
         """An empty cache for so many sequences, beginning after the meta tokens."""
         like = self.final_norm.weight.detach()
         return Cache(self.config, slots, self.meta_states(), like, state_dtype)
+
+
+def _own(state: State | None, layer: Layer) -> State:
+    """A copy of what one layer keeps: not its producer's K/V, nor all that these are views of."""
+    state = state or State()
+    state = state if layer.owns_kv else state._replace(k=None, v=None)
+    return State(*(None if x is None else x.clone() for x in state))
 
 
 class LanguageModel(nn.Module):

@@ -1,8 +1,9 @@
 """When may a constant of the weights be kept? Only while a fingerprint of them is the same.
 
 A weight can change by an optimiser step or a load (its version counter moves), by a cast or a move
-(its memory moves), or behind the counter's back, as adapter libraries merge through `.data`: so a
-few of its values are looked at too. Modules that are neither ours nor torch's, hooks, and replaced
+(its memory moves), or behind the counter's back, as adapter libraries merge through `.data`: so its
+norm and a few of its values are looked at too, which reads every weight once, as decoding one
+token does. Autocast changes what is computed from them. Modules that are neither ours nor torch's, hooks, and replaced
 forwards can change a result without touching a weight: then nothing is kept.
 """
 
@@ -14,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-SAMPLES = 64  # values looked at in each tensor
+SAMPLES = 64  # values compared one by one in each tensor
 
 
 def fingerprint(module: nn.Module) -> Hashable | None:
@@ -25,7 +26,7 @@ def fingerprint(module: nn.Module) -> Hashable | None:
     if any(x.is_meta for x in tensors):
         return None
     places = tuple((x.data_ptr(), _version(x), x.dtype, x.device, x.shape) for x in tensors)
-    return places, _sample(tensors)
+    return places, _values(tensors), _autocast({x.device.type for x in tensors})
 
 
 def _is_foreign(module: nn.Module) -> bool:
@@ -39,10 +40,20 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _sample(tensors: list[Tensor]) -> bytes:
-    """Evenly spaced values of each tensor, as bytes."""
+def _values(tensors: list[Tensor]) -> bytes:
+    """Norm and evenly spaced values of each tensor, as bytes."""
     values = []
     for x in tensors:
         flat = x.detach().reshape(-1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values.append(torch.linalg.vector_norm(flat, dtype=wide).double()[None])
         values.append(flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].double())
     return torch.cat(values).cpu().numpy().tobytes() if values else b""
+
+
+def _autocast(devices: set[str]) -> Hashable:
+    return tuple(
+        (device, torch.get_autocast_dtype(device))
+        for device in sorted(devices)
+        if torch.is_autocast_enabled(device)
+    )

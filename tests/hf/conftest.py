@@ -39,7 +39,9 @@ def wrap() -> Callable[[LanguageModel], HymbaForCausalLM]:
         twin.model.decoder.load_state_dict(weights)
         if not model.config.tie_embeddings:
             twin.lm_head.load_state_dict(model.lm_head.state_dict())
-        twin.generation_config.eos_token_id = None
+        # These models say anything, also special tokens. With a pad id transformers would take
+        # each of those for padding wherever it is given no mask.
+        twin.generation_config.eos_token_id = twin.generation_config.pad_token_id = None
         return twin.eval()
 
     return build

@@ -183,7 +183,7 @@ def test_initial_values_are_those_of_the_language_model(tiny: Callable[[str], Co
     for name, want in ours.named_parameters():
         got = mine[name]
         if name.endswith("weight") and "norm" not in name:
-            assert got.std() == pytest.approx(want.std().item(), rel=0.5), name
+            assert got.std().item() == pytest.approx(want.std().item(), rel=0.5), name
         else:
             torch.testing.assert_close(got, want, msg=name)
     assert not theirs.get_input_embeddings().weight[0].any()
