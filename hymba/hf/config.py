@@ -10,7 +10,9 @@ that we do not know are kept as they came and written back.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -35,6 +37,8 @@ class HymbaConfig(PreTrainedConfig):
     model_type = "hymba"
     # What evaluation loops must not gather: a cache is no tensor.
     keys_to_ignore_at_inference = ["past_key_values"]
+    # trl looks at it without asking whether the file had it.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     # Declared because transformers drops a `use_cache` that is not a field of the class.
     use_cache: bool = True

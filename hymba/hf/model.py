@@ -251,7 +251,9 @@ class HymbaForCausalLM(HymbaPreTrainedModel, HymbaGeneration, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(_keep(outputs.last_hidden_state, logits_to_keep))
+        # With a cache this is inference: gradients of the head alone would be silently wrong.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and outputs.past_key_values is None):
+            logits = self.lm_head(_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if targets is not None:
             loss = self.loss_function(

@@ -91,6 +91,17 @@ def test_dtype_and_tokenizer(letters: object, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path)("a cat").input_ids
 
 
+def test_released_folders_name_code_that_is_not_run(folder: Path) -> None:
+    """config.json of the hub points to modelling code beside it; ours is used, the key is kept."""
+    named = {"auto_map": {"AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM"}}
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(keys | named))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is HymbaForCausalLM
+    model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == named["auto_map"]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     copy = tmp_path / "copy"
@@ -153,7 +164,7 @@ def test_ignore_mismatched_sizes_keeps_its_meaning(folder: Path) -> None:
     assert 0.01 < model.model.decoder.layers[2].mlp.up_proj.weight.std() < 0.03  # initialised
 
 
-def test_load_state_dict_takes_official_names(build: Callable[..., HymbaForCausalLM]) -> None:
+def test_load_state_dict_takes_official_names() -> None:
     """The Trainer resumes with `load_state_dict(file, strict=False)`: names that do not match
     would be dropped, and training would go on from weights that were never loaded."""
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "full")

@@ -145,7 +145,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_assisted_generation(build: Build, text: Text, replayed: list[int]) -> None:
     """The assistant is a noisy copy, so that it is right often and wrong often."""
-    model, assistant, rows = build(), build(), text(LENGTHS)
+    model, assistant, rows = build(), build(), text([5, 23])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in assistant.parameters():
