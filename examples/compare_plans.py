@@ -4,20 +4,22 @@
     python examples/compare_plans.py --budget 350 --context 16384
 
 The plans share depth, vocabulary and (but for Mamba, which has no MLP) width, and are fitted to the
-budget by one size each, so what differs is the mixer. FLOPs are those of decoding one token at the
+budget by one size each, so that what differs is the mixer. FLOPs are those of decoding one token at the
 end of the context; the cache is one sequence's, keys and values in bfloat16, SSM states in float32.
 """
 
 import argparse
 
-from hymba.config import Config
+from hymba.config import Config, ConfigError
 from hymba.model.accounting import cache_bytes, fit, flops_per_token, parameters
 from hymba.presets import hymba, llama, mamba, samba
 
 
-def plans(budget: int, layers: int = 24, width: int = 512) -> dict[str, Config]:
-    sizes = {"num_layers": layers, "vocab_size": 32001}
-    heads = sizes | {"hidden_size": width, "num_heads": 8, "num_kv_heads": 4}
+def plans(budget: int) -> dict[str, Config]:
+    """A config of each architecture with about so many parameters."""
+    sizes = {"num_layers": 24, "vocab_size": 32001}
+    pairs = max(1, round((budget / 500) ** 0.5 / 128))  # of heads 64 wide: 4 at 130 million
+    heads = sizes | {"hidden_size": 128 * pairs, "num_heads": 2 * pairs, "num_kv_heads": pairs}
     return {
         "hymba": fit(lambda mlp: hymba(intermediate_size=mlp, **heads), budget),
         "llama": fit(lambda mlp: llama(intermediate_size=mlp, **heads), budget),
@@ -45,7 +47,11 @@ def main() -> None:
     lengths = [asked.context // 4, asked.context, asked.context * 4]
     head = ["parameters", "shape", "MLP", "MFLOP/token", *(f"MB at {n:,}" for n in lengths)]
     table = {"plan": head}
-    for name, config in plans(int(asked.budget * 1e6)).items():
+    try:
+        configs = plans(int(asked.budget * 1e6))
+    except ConfigError as error:
+        raise SystemExit(f"{asked.budget:g} million parameters do not fit: {error}") from None
+    for name, config in configs.items():
         table[name] = cells(config, asked.context)
     widths = [max(map(len, column)) for column in zip(*table.values(), strict=True)]
     for name, row in table.items():

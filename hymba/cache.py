@@ -81,25 +81,12 @@ class KVStore:
             return place.where(place <= last, -1)
         return last - (last - place) % self.ring
 
-    def write(
-        self,
-        slots: Sequence[int],
-        lengths: Sequence[int],
-        k: Tensor,
-        v: Tensor,
-        segments: Segments,
-    ) -> None:
-        """Append k (N, G, h) and v (N, G, e) to sequences that had `lengths` tokens."""
-        rows, owners, places = [], [], []
-        for (start, count), slot, length in zip(segments, slots, lengths, strict=True):
-            skip = 0 if self.ring is None else max(0, count - self.ring)
-            for row in range(skip, count):
-                rows.append(start + row)
-                owners.append(slot)
-                places.append(length + row if self.ring is None else (length + row) % self.ring)
-        index = torch.tensor([rows, owners, places], device=self.k.device)
-        self.k[index[1], :, index[2]] = k[index[0]].to(self.k.dtype)
-        self.v[index[1], :, index[2]] = v[index[0]].to(self.v.dtype)
+    def write(self, rows: Tensor, owners: Tensor, at: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put rows of k (N, G, h) and v (N, G, e) into slots `owners` as text positions `at`."""
+        if self.ring is not None:
+            at = at % self.ring
+        self.k[owners, :, at] = k[rows].to(self.k.dtype)
+        self.v[owners, :, at] = v[rows].to(self.v.dtype)
 
     def select(self, slots: Tensor) -> None:
         self.k, self.v = self.k[slots], self.v[slots]
@@ -146,6 +133,22 @@ def _rows(x: Tensor, slots: Sequence[int]) -> Tensor:
     if list(slots) == list(range(x.shape[0])):
         return x
     return x[torch.tensor(list(slots), device=x.device)]
+
+
+def _places(
+    slots: Sequence[int],
+    before: Sequence[int],
+    segments: Segments,
+    ring: int | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, slot, text position) of every new token that is still kept afterwards."""
+    columns = []
+    for (start, count), slot, length in zip(segments, slots, before, strict=True):
+        row = torch.arange(0 if ring is None else max(0, count - ring), count)
+        columns.append(torch.stack([start + row, torch.full_like(row, slot), length + row]))
+    rows, owners, at = torch.cat(columns, dim=1).to(device)
+    return rows, owners, at
 
 
 class Cache:
@@ -211,10 +214,13 @@ class Cache:
         """Append what one forward computed, layer by layer, to the slots' sequences."""
         before = [self.lengths[slot] for slot in slots]
         after = [a + b for a, b in zip(before, segments.lengths, strict=True)]
+        places: dict[int | None, tuple[Tensor, Tensor, Tensor]] = {}  # by size of ring
         for kv, ssm, state in zip(self.kv, self.ssm, states, strict=True):
             if kv is not None and state.k is not None and state.v is not None:
                 kv.reserve(max(after))
-                kv.write(slots, before, state.k, state.v, segments)
+                if kv.ring not in places:
+                    places[kv.ring] = _places(slots, before, segments, kv.ring, kv.k.device)
+                kv.write(*places[kv.ring], state.k, state.v)
             if ssm is not None and state.conv is not None and state.ssm is not None:
                 ssm.write(slots, state.conv, state.ssm)
         for slot, length in zip(slots, after, strict=True):

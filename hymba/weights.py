@@ -9,10 +9,11 @@ leaves what was there.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +112,8 @@ def load(
     with torch.device("meta"):
         empty = LanguageModel(config)
     tensors = {to_ours(name): tensor for name, tensor in _read(folder, target, kind)}
+    if config.tie_embeddings:
+        _drop_tied_head(tensors, folder)
     wanted = _shapes(empty, config)
     _compare(wanted, {name: tuple(x.shape) for name, x in tensors.items()}, folder)
     empty.load_state_dict(tensors, strict=False, assign=True)
@@ -137,17 +140,19 @@ def save(
                 shutil.copyfile(origin / name, target / name)
     if tokenizer is not None:
         tokenizer.save(target)
+    small: dict[Path, Callable[[Path], Any]] = {}
     if not (target / "generation_config.json").exists():
-        _write_json(target / "generation_config.json", _generation_config(model.config))
+        generation = _generation_config(model.config)
+        small[target / "generation_config.json"] = functools.partial(_fill_json, generation)
     if not (target / "README.md").exists():
-        _write(target / "README.md", lambda path: path.write_text(MODEL_CARD, encoding="utf-8"))
+        small[target / "README.md"] = functools.partial(_fill_text, MODEL_CARD)
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     state = {to_official(k): v for k, v in model.state_dict().items() if k not in tied}
     _write_tensors(state, target, max_shard_bytes)
     keys = model.config.to_dict()
-    if not model.config.source:
-        keys["torch_dtype"] = str(model.dtype).removeprefix("torch.")
-    _write_json(target / "config.json", keys)
+    keys["dtype" if "dtype" in keys else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    small[target / "config.json"] = functools.partial(_fill_json, keys)
+    _write(small)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -181,9 +186,9 @@ def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError):
+            files = [folder / name for name in sorted(set(index.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise WeightsError(f"{folder / INDEX} is not a safetensors index") from None
-        files = [folder / name for name in sorted(set(index.values()))]
     else:
         files = [folder / SINGLE]
     for file in files:
@@ -199,7 +204,11 @@ def _read(
         try:
             with safe_open(str(file), framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield name, tensors.get_tensor(name).to(device=device, dtype=dtype)
+                    tensor = tensors.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        kind = str(tensor.dtype).removeprefix("torch.")
+                        raise WeightsError(f"{file}: {name} holds {kind}, which is no weight")
+                    yield name, tensor.to(device=device, dtype=dtype)
         except SafetensorError as error:
             raise WeightsError(f"{file} is damaged or cut short ({error})") from None
 
@@ -209,6 +218,16 @@ def _shapes(model: LanguageModel, config: Config) -> dict[str, tuple[int, ...]]:
     if config.tie_embeddings:
         del shapes["lm_head.weight"]
     return shapes
+
+
+def _drop_tied_head(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Some tools write the tied head too; that says nothing new unless it differs."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("decoder.embed_tokens.weight")
+    if head is None or embedding is None:
+        return
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
+        raise WeightsError(f"{folder}: lm_head.weight differs from the embedding it is tied to")
+    del tensors["lm_head.weight"]
 
 
 def _compare(
@@ -252,29 +271,42 @@ def _write_tensors(state: dict[str, Tensor], folder: Path, max_shard_bytes: int)
     from huggingface_hub import split_torch_state_dict_into_shards
 
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_bytes)
+    files: dict[Path, Callable[[Path], Any]] = {}
     for file, names in split.filename_to_tensors.items():
-        part = {name: state[name].detach().cpu().contiguous() for name in names}
-        _write(folder / file, lambda path, part=part: save_file(part, path, {"format": "pt"}))
+        part = {name: state[name].detach() for name in names}
+        files[folder / file] = functools.partial(_fill_tensors, part)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / INDEX, index)
-    else:
+        files[folder / INDEX] = functools.partial(_fill_json, index)
+    _write(files)
+    if not split.is_sharded:
         (folder / INDEX).unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors"):
         if old.name not in split.filename_to_tensors:  # of an earlier save here, in other shards
             old.unlink()
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _fill_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({k: x.cpu().contiguous() for k, x in tensors.items()}, path, {"format": "pt"})
+
+
+def _fill_json(content: Any, path: Path) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    path.write_text(text, encoding="utf-8")
 
 
-def _write(path: Path, fill: Any) -> None:
-    """Fill a temporary file, then rename it: the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _fill_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write(files: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Fill temporary files, all of them, then rename them: the old files or the new ones."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        fill(temporary)
-        os.replace(temporary, path)
+        for path, fill in files.items():
+            fill(temporary[path])
+        for path in files:
+            os.replace(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in temporary.values():
+            left.unlink(missing_ok=True)

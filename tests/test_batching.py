@@ -106,7 +106,9 @@ def test_packed_documents(plan: str, tiny: Tiny, lively: Lively, text: Text) -> 
 
 
 @given(cuts=st.sets(st.integers(1, 39)))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_chunked_prefill(exact: LanguageModel, text: Text, cuts: set[int]) -> None:
     """In any chunks: of one token, across the window's edge, longer than the ring."""
     (tokens,) = text([40])
@@ -176,7 +178,9 @@ def test_beyond_a_block_of_keys(window: int, lively: Lively, text: Text) -> None
     feed(model, cache, [rows[0][:250]], slots=[0])
     feed(model, cache, [rows[0][250:507], rows[1][:2]])
     for step in range(steps):
-        found = feed(model, cache, [x[n + step : n + step + 1] for x, n in zip(rows, prompts, strict=True)])
+        found = feed(
+            model, cache, [x[n + step : n + step + 1] for x, n in zip(rows, prompts, strict=True)]
+        )
     for row, logits, n in zip(rows, found, prompts, strict=True):
         assert_same(logits, alone(model, row[: n + steps])[-1:])
 
@@ -199,9 +203,7 @@ def test_slots_in_any_order_and_subset(model: LanguageModel, text: Text) -> None
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_reused_slot_remembers_nothing(
-    plan: str, tiny: Tiny, lively: Lively, text: Text
-) -> None:
+def test_a_reused_slot_remembers_nothing(plan: str, tiny: Tiny, lively: Lively, text: Text) -> None:
     """After `reset` a slot begins after the meta tokens, whatever was in it, while its neighbour
     goes on. The new sequence is shorter than the old one, then longer."""
     model = lively(tiny(plan))
@@ -293,7 +295,9 @@ def assert_bits(got: Snapshot, want: Snapshot) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_history(exact: LanguageModel, data: st.DataObject) -> None:
     """Feeding, emptying, reordering, snapshots and restores in any order leave every slot with
     the sequence that the same actions on plain lists of tokens leave."""

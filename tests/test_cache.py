@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hymba.cache import Cache
 from hymba.config import KV_BLOCK, Config, Layer
@@ -79,6 +81,32 @@ def test_window_layers_stop_growing(window: int, lively: Lively) -> None:
     assert sizes[1500]["global_kv"] == 1536 * width * 4
     for kind in ("conv", "ssm", "meta"):
         assert len({size[kind] for size in sizes.values()}) == 1
+
+
+class Writes(TorchDispatchMode):
+    """The places that every indexed write names, as a list of index tuples for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[list[tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index_put_.default:
+            index = [x.tolist() for x in args[1] if x is not None]
+            self.found.append(list(zip(*index, strict=True)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_place_is_written_once(lively: Lively) -> None:
+    """Of a chunk that goes round the ring several times only the end is written: two writes to
+    one place in one operation have no order on a GPU."""
+    model = lively(small(5))
+    cache = model.new_cache(2)
+    with Writes() as writes:
+        model(torch.zeros(43, dtype=torch.long), Batch.of([23, 20]), cache)
+    counts = [len(places) for places in writes.found]
+    assert counts.count(12) == 2 and counts.count(43) == 2  # keys and values of ring and whole
+    assert all(len(set(places)) == len(places) for places in writes.found)
 
 
 def test_a_consumer_of_kv_stores_none(tiny: Tiny, lively: Lively) -> None:

@@ -73,7 +73,7 @@ class Checkpoints:
         place = self.folder / f"step_{step:06}"
         unfinished = place.with_name(place.name + ".unfinished")
         unfinished.mkdir(parents=True)
-        with _torch_errors_in_one_line(f"{unfinished} cannot be written: make room, then go on"):
+        with _errors_in_one_line(f"{unfinished} cannot be written: make room, then go on"):
             dcp.save(_tensors(model, optimizer), checkpoint_id=unfinished)
         _write_through(unfinished / "state.json", json.dumps({"step": step, **state}, indent=2))
         if place.exists():
@@ -84,21 +84,22 @@ class Checkpoints:
             self._delete(old)
         return place
 
-    def load(
-        self, place: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> dict[str, Any]:
-        """Put a checkpoint's tensors into model, optimiser and random state; return its `state`.
+    def state(self, place: Path) -> dict[str, Any]:
+        """The `state` that a checkpoint was saved with, and its step."""
+        with _errors_in_one_line(_not_resumed(place)):
+            found: dict[str, Any] = json.loads((place / "state.json").read_text())
+        return found
+
+    def load(self, place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put a checkpoint's tensors into model, optimiser and random state.
 
         The optimiser's settings (weight decay, betas) stay as they are now, so that a run can go
         on with changed ones.
         """
-        advice = "delete it to go on from an earlier one, or use another folder"
-        with _torch_errors_in_one_line(f"{place} cannot be resumed by this run: {advice}"):
-            state: dict[str, Any] = json.loads((place / "state.json").read_text())
+        with _errors_in_one_line(_not_resumed(place)):
             tensors = _tensors(model, optimizer)
             dcp.load(tensors, checkpoint_id=place)
         _put(tensors, model, optimizer)
-        return state
 
     def clean(self) -> None:
         """Remove what killed saves and deletions left behind."""
@@ -118,6 +119,13 @@ def step_of(place: Path) -> int:
     if match is None:
         raise CheckpointError(f"{place} is not called step_N: it is no checkpoint of a run")
     return int(match[1])
+
+
+def _not_resumed(place: Path) -> str:
+    return (
+        f"{place} cannot be resumed by this run: delete it to go on from an earlier one, or use "
+        "another folder"
+    )
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -152,8 +160,8 @@ def _random_state() -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _torch_errors_in_one_line(what: str) -> Iterator[None]:
-    """Raise what torch.distributed.checkpoint could not do as CheckpointError(what)."""
+def _errors_in_one_line(what: str) -> Iterator[None]:
+    """Raise what the disk or torch.distributed.checkpoint could not do as a CheckpointError."""
     try:
         with warnings.catch_warnings():
             # Said at every save and load that has no process group; none is needed.

@@ -13,6 +13,7 @@ Not here: the format of checkpoints (resume.py), what rows there are (data.py), 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -172,15 +173,30 @@ class Trainer:
                 f"{self.config.folder} holds a run ({latest.name}): use resume auto to go on with "
                 "it, or another folder"
             )
-        state = self.checkpoints.load(latest, self.model, self.optimizer)
+        state = self.checkpoints.state(latest)
+        self._same_model(state["model"], latest)
         self.loader.load_state_dict(state["data"])
-        self.step = state["step"]
-        self.skipped = state["skipped"]
-        self.seconds = state["seconds"]
+        self.checkpoints.load(latest, self.model, self.optimizer)
+        self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
         self.say(f"going on after step {self.step} from {latest}")
+
+    def _same_model(self, saved: dict[str, Any], place: Path) -> None:
+        """Not left to the tensors' shapes: a window or a rotary base has none."""
+        ours = self._model_config()
+        other = sorted(k for k in saved.keys() | ours.keys() if saved.get(k) != ours.get(k))
+        if other:
+            raise TrainError(
+                f"{place} was made by a model with another {', '.join(other)}: go on with the same "
+                "model, or start in another folder"
+            )
+
+    def _model_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(json.dumps(self.model.config.to_dict()))
+        return config  # as it reads when it comes back from JSON
 
     def _save(self) -> Path:
         state = {
+            "model": self._model_config(),
             "data": self.loader.state_dict(),
             "skipped": self.skipped,
             "seconds": self.seconds,

@@ -33,7 +33,9 @@ def rule(query: int, key: int, window: int | None) -> bool:
     return key <= query and (window is None or query - key <= window)
 
 
-def seen_by(op: Op, segments: Segments, window: int | None, meta: int = 0, past: Past | None = None):
+def seen_by(
+    op: Op, segments: Segments, window: int | None, meta: int = 0, past: Past | None = None
+):
     """{(segment, query position): keys seen}, meta keys as -1, -2, ... Equal scores and values
     that are one-hot make the output say which keys it came from."""
     begins = past.lengths if past else (0,) * segments.count
@@ -97,7 +99,9 @@ def ring(lengths: tuple[int, ...], window: int | None, places: int, heads: int =
         for position in range(length):
             positions[index, position % places] = position
     shape = (len(lengths), heads, places)
-    return Past(torch.zeros(*shape, 2).double(), torch.zeros(*shape, 1).double(), positions, lengths)
+    return Past(
+        torch.zeros(*shape, 2).double(), torch.zeros(*shape, 1).double(), positions, lengths
+    )
 
 
 @BOTH
@@ -244,7 +248,11 @@ def test_inputs_that_are_views(agree: Callable[..., None], past: bool) -> None:
     wide = random(13, 4 * 6 + 2 * 6 + 2 * 12)
     q, k, v = wide.split([24, 12, 24], dim=-1)
     inputs = tensors(segments, (4, 2), (6, 12), torch.float64, "cpu")
-    inputs |= {"q": q.unflatten(1, (4, 6)), "k": k.unflatten(1, (2, 6)), "v": v.unflatten(1, (2, 12))}
+    inputs |= {
+        "q": q.unflatten(1, (4, 6)),
+        "k": k.unflatten(1, (2, 6)),
+        "v": v.unflatten(1, (2, 12)),
+    }
     fixed = {"segments": segments, "window": 3}
     if past:
         fixed |= {"places": ring((2, 7), 3, 4).positions, "lengths": (2, 7)}

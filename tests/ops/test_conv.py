@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import exp
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hymba import ops
 from hymba.ops import Segments
+from hymba.ops.backend import backend
 from hymba.ops.conv import causal_conv, causal_conv_reference
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
@@ -31,7 +32,9 @@ def inputs(
         "x": random(segments.total, channels, dtype=dtype),
         "weight": random(channels, taps, seed=1, dtype=dtype),
         "bias": random(channels, seed=2, dtype=dtype),
-        "initial_state": random(states, taps - 1, channels, seed=3, dtype=dtype) if states else None,
+        "initial_state": random(states, taps - 1, channels, seed=3, dtype=dtype)
+        if states
+        else None,
     }
     return {name: None if x is None else x.to(device) for name, x in made.items()}
 
@@ -40,7 +43,11 @@ def inputs(
 @pytest.mark.parametrize("start", ["none", "shared", "own"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_twins(
-    agree: Callable[..., None], lengths: tuple[int, ...], start: str, dtype: torch.dtype, device: str
+    agree: Callable[..., None],
+    lengths: tuple[int, ...],
+    start: str,
+    dtype: torch.dtype,
+    device: str,
 ) -> None:
     segments = Segments(lengths)
     tensors = inputs(segments, 5, 4, dtype, start, device)
@@ -93,7 +100,9 @@ def test_inputs_that_are_views(agree: Callable[..., None], lengths: tuple[int, .
 
 
 @given(cut=st.integers(1, 10), seed=st.integers(0, 9))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_two_parts_are_the_whole(cut: int, seed: int) -> None:
     """What one part leaves is what the next starts from, even where a part is one row."""
     x, weight, bias = random(11, 3, seed=seed), random(3, 4, seed=1), random(3, seed=2)
@@ -104,19 +113,35 @@ def test_two_parts_are_the_whole(cut: int, seed: int) -> None:
     assert torch.equal(final, want_final)
 
 
-def test_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hymba.ops.causal_conv is the fast one, and the other when HYMBA_BACKEND asks for it."""
-    x, weight, segments = random(4, 3), random(3, 4, seed=1), Segments((4,))
-    from hymba.ops.backend import backend
+@pytest.fixture
+def undecided() -> Iterator[None]:
+    """No backend chosen yet, and none chosen here left to others."""
+    backend.cache_clear()
+    yield
+    backend.cache_clear()
 
+
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_the_door(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hymba.ops.causal_conv is the fast one, and the other when HYMBA_BACKEND asks for it."""
+    monkeypatch.setenv("HYMBA_BACKEND", name)
+    for op in ("causal_conv", "causal_conv_reference"):
+        monkeypatch.setattr(ops._conv, op, lambda *_, op=op: op)
+    taken = ops.causal_conv(random(4, 3), random(3, 4), None, Segments((4,)))
+    assert taken == {"torch": "causal_conv", "reference": "causal_conv_reference"}[name]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYMBA_BACKEND", "nonsense")
-    backend.cache_clear()
     with pytest.raises(ValueError, match="HYMBA_BACKEND='nonsense' is not one of torch, reference"):
-        ops.causal_conv(x, weight, None, segments)
-    for name, op in (("reference", "causal_conv_reference"), ("torch", "causal_conv")):
-        with monkeypatch.context() as patch:
-            patch.setenv("HYMBA_BACKEND", name)
-            patch.setattr(ops._conv, op, lambda *_, name=name: name)
-            backend.cache_clear()
-            assert ops.causal_conv(x, weight, None, segments) == name
-    backend.cache_clear()
+        ops.causal_conv(random(4, 3), random(3, 4), None, Segments((4,)))
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_device_without_kernels_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        assert backend("mps") == backend("cpu") == "torch"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no kernels for mps" in caplog.text

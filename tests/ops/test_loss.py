@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 loss_module = sys.modules["hymba.ops.loss"]
 
 
-def inputs(rows: int, words: int, dtype: torch.dtype = torch.float64, width: int = 5) -> list[Tensor]:
+def inputs(
+    rows: int, words: int, dtype: torch.dtype = torch.float64, width: int = 5
+) -> list[Tensor]:
     """hidden, weight, labels; every third label does not count."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (rows, words))

@@ -19,7 +19,9 @@ def rows(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tens
 @pytest.mark.parametrize("shape", [(1, 1), (63, 5), (7, 3, 24)])
 def test_formula(shape: tuple[int, ...]) -> None:
     x, weight = rows(*shape), rows(shape[-1], seed=1)
-    want = torch.stack([r / (r.dot(r) / len(r) + EPS).sqrt() * weight for r in x.reshape(-1, shape[-1])])
+    want = torch.stack(
+        [r / (r.dot(r) / len(r) + EPS).sqrt() * weight for r in x.reshape(-1, shape[-1])]
+    )
     torch.testing.assert_close(rms_norm(x, weight, EPS), want.view(shape), atol=1e-13, rtol=1e-13)
 
 

@@ -85,7 +85,11 @@ def test_definition(op: Callable[..., tuple[Tensor, Tensor]], rows: int) -> None
 @pytest.mark.parametrize("start", ["none", "shared", "own"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_twins(
-    agree: Callable[..., None], lengths: tuple[int, ...], start: str, dtype: torch.dtype, device: str
+    agree: Callable[..., None],
+    lengths: tuple[int, ...],
+    start: str,
+    dtype: torch.dtype,
+    device: str,
 ) -> None:
     segments = Segments(lengths)
     tensors = inputs(segments, start=start, dtype=dtype, device=device)
@@ -202,7 +206,9 @@ def test_only_the_state_or_only_the_output_may_matter() -> None:
 
 
 @given(cut=st.integers(1, 39), seed=st.integers(0, 9))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_two_parts_are_the_whole(cut: int, seed: int) -> None:
     whole, rows = Segments((40,)), ("u", "dt", "z", "B", "C")
     tensors = inputs(whole, seed=seed)
@@ -216,7 +222,9 @@ def test_two_parts_are_the_whole(cut: int, seed: int) -> None:
 
 
 @given(st.lists(st.integers(1, 45), min_size=1, max_size=6), st.integers(0, 9))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_segments_do_not_know_each_other(lengths: list[int], seed: int) -> None:
     """Side by side in any lengths, each is what it is alone, wherever chunks cut it."""
     segments = Segments(tuple(lengths))

@@ -35,8 +35,8 @@ def test_a_loaded_run_goes_on_exactly(tmp_path: Path) -> None:
     advance(model, optimizer, 3)
 
     again, fresh = new_run()
-    state = checkpoints.load(place, again, fresh)
-    assert state == {"step": 3, "data": {"row": 12}, "seconds": 0.1}
+    checkpoints.load(place, again, fresh)
+    assert checkpoints.state(place) == {"step": 3, "data": {"row": 12}, "seconds": 0.1}
     advance(again, fresh, 3)
     assert torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
 
@@ -73,7 +73,7 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     assert [step_of(place) for place in checkpoints.all()] == [999_999, 1_000_000]
     assert checkpoints.latest() == tmp_path / "step_1000000"
     checkpoints.save(1_000_000, *run, {"again": True})
-    assert checkpoints.load(tmp_path / "step_1000000", *run)["again"]
+    assert checkpoints.state(tmp_path / "step_1000000")["again"]
     with pytest.raises(CheckpointError, match="at least one"):
         Checkpoints(tmp_path, keep=0)
 
@@ -111,6 +111,7 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path: Path, damage: s
             file.truncate(20)
     before = [p.detach().clone() for p in run[0].parameters()]
     with pytest.raises(CheckpointError, match="cannot be resumed") as error:
+        Checkpoints(tmp_path).state(place)
         Checkpoints(tmp_path).load(place, *run)
     assert "\n" not in str(error.value)
     if damage != "__0_0.distcp":  # torch reads into the weights in place
@@ -198,7 +199,8 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_usable_checkpoint(
         checkpoints = Checkpoints(folder, keep=1)
         latest = checkpoints.latest()
         assert latest is not None
-        state = checkpoints.load(latest, *run)
+        state = checkpoints.state(latest)
+        checkpoints.load(latest, *run)
         assert state["said"] == state["step"] == step_of(latest)
         assert state["step"] == expected.get(folder.name, state["step"])
         assert all(bool((p == state["step"]).all()) for p in model.parameters())

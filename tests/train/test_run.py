@@ -121,7 +121,7 @@ def test_evaluation_does_not_change_the_run(
     new_model: NewModel, store: TokenStore, tmp_path: Path
 ) -> None:
     for name, every in (("often", 1), ("never", 0)):
-        run = config(tmp_path / name, held_out_every=every)
+        run = config(tmp_path / name, steps=5, held_out_every=every, held_out_tokens=100)
         Trainer(new_model(), run, store, store, silent).run()
     assert losses(tmp_path / "often") == losses(tmp_path / "never")
 
@@ -130,7 +130,7 @@ def test_bfloat16_trains_float32_weights(
     new_model: NewModel, store: TokenStore, tmp_path: Path
 ) -> None:
     """The same path as float32 within bfloat16's 3 digits, and not the very same numbers."""
-    model, wide = new_model(), config(tmp_path / "wide")
+    model, wide = new_model(), config(tmp_path / "wide", steps=6)
     Trainer(new_model(), wide, store, store, silent).run()
     narrow = replace(wide, folder=tmp_path / "narrow", precision="bfloat16")
     Trainer(model, narrow, store, store, silent).run()
@@ -224,6 +224,27 @@ def test_another_order_of_the_data_is_refused(
     Trainer(new_model(), config(tmp_path), store, None, silent).run()
     with pytest.raises(DataError, match="made with seed 0, now it is 1"):
         Trainer(new_model(), config(tmp_path, seed=1), store, None, silent).run()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_theta": 500.0}, "rope_theta"),
+        ({"layers": 3}, "num_hidden_layers"),  # its tensors are all there, and one layer's more
+    ],
+)
+def test_another_model_is_refused(
+    new_model: NewModel, store: TokenStore, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    Trainer(new_model(), config(tmp_path, steps=1), store, None, silent).run()
+    before = new_model().config
+    if "layers" in change:
+        change = {"layers": before.layers[: change["layers"]]}
+    other = LanguageModel(replace(before, **change)).init_weights(seed=0)
+    weights = {name: p.clone() for name, p in other.state_dict().items()}
+    with pytest.raises(TrainError, match=f"made by a model with another .*{named}"):
+        Trainer(other, config(tmp_path, steps=2), store, None, silent).run()
+    assert all(torch.equal(p, weights[name]) for name, p in other.state_dict().items())
 
 
 @pytest.mark.parametrize(
