@@ -41,8 +41,10 @@ class Batch:
             raise ValueError(f"{segments.count} segments, {len(before)} pasts, {len(places)} slots")
         if len(set(places)) < len(places):
             raise ValueError(f"a slot may be in a batch once, got {places}")
-        spans = [range(b, b + n) for b, n in zip(before, segments.lengths, strict=True)]
-        positions = torch.tensor([p for span in spans for p in span], dtype=torch.long)
+        # Position p of segment i is its row, less where the segment starts, plus its past.
+        counts = torch.tensor([segments.lengths, segments.starts, before], dtype=torch.long)
+        shifts = (counts[2] - counts[1]).repeat_interleave(counts[0])
+        positions = torch.arange(segments.total) + shifts
         return Batch(segments, before, places, positions.to(device))
 
     def with_meta(self, count: int) -> Batch:
