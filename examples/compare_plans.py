@@ -4,8 +4,9 @@
     python examples/compare_plans.py --budget 350 --context 16384
 
 The plans share depth, vocabulary and (but for Mamba, which has no MLP) width, and are fitted to the
-budget by one size each, so that what differs is the mixer. FLOPs are those of decoding one token at the
-end of the context; the cache is one sequence's, keys and values in bfloat16, SSM states in float32.
+budget by one size each, so that what differs is the mixer. FLOPs are those of decoding one token at
+the end of the context. The cache is one sequence's: keys and values in bfloat16, SSM states in
+float32.
 """
 
 import argparse

@@ -115,7 +115,7 @@ class Config:
 
     @property
     def rope_base(self) -> float:
-        """Base of the rotary frequencies; spec: "ntk" is static and its factor 2 is fixed."""
+        """Base of the rotary frequencies. "ntk" is static; its factor 2 is the released code's."""
         if self.rope_type == "default":
             return self.rope_theta
         scale = 2 * self.max_positions / self.original_max_positions - 1
@@ -242,7 +242,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 class _Reader:
     """Turns official keys into a Config. Missing sizes are errors: the class defaults of the
-    released code (16 experts, no RoPE) are not the released model's values (spec 5.15)."""
+    released code (16 experts, no RoPE) are not the released model's values."""
 
     def __init__(self, keys: Mapping[str, Any]):
         self.keys = keys

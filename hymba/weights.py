@@ -119,7 +119,7 @@ def load(
     empty.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_embeddings:
         empty.lm_head.weight = empty.decoder.embed_tokens.weight
-    empty.folder = folder  # type: ignore[assignment]  # where `save` finds the side files
+    empty.folder = folder
     return empty.eval()
 
 
@@ -133,7 +133,7 @@ def save(
     `tokenizer` and from the folder the model was loaded from."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    origin = Path(getattr(model, "folder", target))
+    origin = model.folder or target
     if origin.resolve() != target.resolve():
         for name in SIDE_FILES:
             if (origin / name).is_file():

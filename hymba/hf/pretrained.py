@@ -93,7 +93,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The released code's initial values (spec 5.13), as `LanguageModel.init_weights`.
+        """The released code's initial values, as `LanguageModel.init_weights`.
 
         transformers asks module by module; its `initialization` leaves loaded values alone."""
         if isinstance(module, (nn.Linear, nn.Embedding, DepthwiseConv)):

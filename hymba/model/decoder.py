@@ -10,6 +10,7 @@ of the weights, computed once by `meta_states` and again when any weight has cha
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class Decoder(nn.Module):
             batch = batch.with_meta(self.config.meta_tokens)
             befores = [Before()] * len(self.layers)
         else:
-            befores = [Before(meta, None, *meta[2:]) for meta in self.meta_states()]
+            constants = self.meta_states()
+            befores = [Before(meta, conv=meta.conv, ssm=meta.ssm) for meta in constants]
         x, _ = self._blocks(x, batch, befores)
         return self.final_norm(x[batch.meta :])
 
@@ -140,6 +142,7 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
+        self.folder: Path | None = None  # where it was loaded from: tokenizer files are there
 
     def forward(self, rows: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Hidden states (N, D); see Decoder.forward."""
@@ -168,7 +171,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> LanguageModel:
-        """Fill every parameter, as the released code does (spec 5.13):
+        """Fill every parameter, as the released code does:
 
         | parameter                      | value                                            |
         |--------------------------------|--------------------------------------------------|

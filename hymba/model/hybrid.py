@@ -58,7 +58,7 @@ class HybridMixer(nn.Module):
 
     @staticmethod
     def _sizes(config: Config, layer: Layer) -> dict[str, int]:
-        """Rows of the input projection, in the checkpoint's order (spec 2.1)."""
+        """Rows of the input projection, in the checkpoint's order."""
         sizes = {"q": config.hidden_size} if layer.attention else {}
         if layer.owns_kv:
             sizes["k"] = config.num_kv_heads * config.head_dim

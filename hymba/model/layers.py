@@ -47,7 +47,7 @@ class MLP(nn.Module):
 
 
 def rope_tables(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, 1, width / 2), float32 as in the released code (spec 2.2)."""
+    """cos and sin (N, 1, width / 2), float32 as in the released code."""
     pair = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, None].float() * base ** -(pair / width)
     return angles.cos()[:, None], angles.sin()[:, None]

@@ -1,7 +1,7 @@
 """RMSNorm, and the fusion of the two branches of a hybrid head: two norms and their mean.
 
 Statistics in float32 (float64 for float64), cast back to the input's dtype, then times the weight:
-the order of the released code, which matters in bfloat16 (spec 2).
+the order of the released code, which matters in bfloat16.
 """
 
 from __future__ import annotations

@@ -8,28 +8,41 @@ here. Accumulates in float32 (float64 for float64 inputs). Source: Gu and Dao 20
 3; the gate and D as in the released Hymba code.
 
 `selective_scan_reference` is that recurrence, token by token. `selective_scan_chunked` is the same
-function, fast on a CPU: rows are cut in chunks, all chunks walk side by side, so Python takes
-Q + N/Q steps instead of N. A chunk first runs from zero to learn what it adds to the state, the
-chunks are chained, then each runs again from its true state. Only products of decays are formed,
-never a division by one, so it is safe for any A and dt. Backward is written by hand: it keeps one
-state a chunk and recomputes the rest.
+function, fast on a CPU. All segments stand in one row, with a joint before each and one at the end,
+
+    J a a a a J b b b J c c J
+
+and a joint is a row too: its decay is 0 and it adds the initial state of the segment behind it, so
+that h before a joint is a final state and h after it an initial one; backwards it receives and
+hands on their gradients in the same way. Segments need no other care. The row is cut in blocks and
+a block in lanes that walk side by side, each step of all of them one call:
+
+    lane 0  J a a a      each runs from zero first to learn what it adds to the state, then they
+    lane 1  a J b b      are chained, then each walks again from its true state. Everything that
+    lane 2  b J c c      needs no order (decays, inputs, outputs) is a few calls a block.
+
+Only products of decays are formed, never a division by one, so it is safe for any dt and A <= 0.
+Backward is written by hand; it keeps one state a lane and recomputes the rest block by block.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hymba.ops.segments import Segments
 
-# Elements (chunks x states x channels) that one step of all chunks should touch: enough to hide
-# the cost of a torch call, small enough for the second-level caches. See bench/scan.py.
-STEP_ELEMENTS = 1 << 19
-# Elements that backward may hold while it walks one block of channels.
-BLOCK_ELEMENTS = 1 << 24
+# Elements (lanes x states x channels) of one step, enough to hide the cost of a torch call and
+# little enough for a second-level cache, and of one block, of which a walk holds three.
+STEP_ELEMENTS = 1 << 15
+BLOCK_ELEMENTS = 1 << 19
 
 
 def selective_scan_reference(
@@ -120,7 +133,7 @@ def _finish(y: Tensor, x: Tensor, D: Tensor, z: Tensor, dtype: torch.dtype) -> T
 
 
 class _Recurrence(torch.autograd.Function):
-    """h_t = exp(delta_t A) h_{t-1} + B_t x_t, y_t = <C_t, h_t>, in chunks.
+    """h_t = exp(delta_t A) h_{t-1} + B_t x_t, y_t = <C_t, h_t>, block by block.
 
     x, delta (N, E); A (n, E); B, C (N, n); state (S, n, E) -> y (N, E), final (S, n, E)."""
 
@@ -135,219 +148,221 @@ class _Recurrence(torch.autograd.Function):
         state: Tensor,
         segments: Segments,
     ) -> tuple[Tensor, Tensor]:
-        walk = _Walk(segments, A.numel(), x.device)
-        y, final = x.new_empty(x.shape), x.new_empty(state.shape)
-        begins = []
-        for block in walk.channel_blocks(x.shape[1]):
-            part = _Chunks(walk, x[:, block], delta[:, block], A[:, block], B, C)
-            out, end, begin = part.forward(state[..., block])
-            y[:, block], final[..., block] = out, end
-            begins.append(begin)
-        ctx.walk = walk
-        ctx.save_for_backward(x, delta, A, B, C, state, *begins)
+        plan = _Plan(segments, A.numel(), x.device)
+        with _one_thread(x.device):
+            walk = _Walk(plan, x, delta, A, B, C)
+            y, final, begins = walk.forward(state)
+        ctx.plan = plan
+        ctx.save_for_backward(x, delta, A, B, C, state, begins)
         return y, final
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, A, B, C, state, *begins = ctx.saved_tensors
-        dy, dfinal = grads
-        walk = ctx.walk
-        dx, ddelta, dA = torch.empty_like(x), torch.empty_like(delta), A.new_empty(A.shape)
-        dB, dC = torch.zeros_like(B), torch.zeros_like(C)
-        dstate = dfinal.new_empty(dfinal.shape)
-        for block, begin in zip(walk.channel_blocks(x.shape[1]), begins, strict=True):
-            part = _Chunks(walk, x[:, block], delta[:, block], A[:, block], B, C)
-            got = part.backward(dy[:, block], dfinal[..., block], begin, state[..., block])
-            dx[:, block], ddelta[:, block], dA[:, block], dstate[..., block] = got[:4]
-            dB += got[4]
-            dC += got[5]
-        return dx, ddelta, dA, dB, dC, dstate, None
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        x, delta, A, B, C, state, begins = ctx.saved_tensors
+        with _one_thread(x.device):
+            walk = _Walk(ctx.plan, x, delta, A, B, C)
+            return *walk.backward(dy, dfinal, state, begins), None
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """A walk is thousands of calls too short to share out: a second thread gains little on an idle
+    machine, and on a busy one every call waits for it (100 times slower: docs/log.md)."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Plan:
+    """Where each row stands: block, step, lane. Made once for both directions."""
+
+    def __init__(self, segments: Segments, width: int, device: torch.device):
+        rows = segments.total + segments.count + 1
+        scale = 1 if device.type == "cpu" else 32
+        lanes = max(1, min(scale * STEP_ELEMENTS // width, math.isqrt(rows)))
+        steps = max(1, scale * BLOCK_ELEMENTS // (lanes * width))
+        self.blocks = -(-rows // (lanes * steps))
+        self.lanes, self.steps = lanes, -(-rows // (lanes * self.blocks))
+        joint = torch.arange(1, segments.count + 1)  # each token stands behind so many joints
+        joint = joint.repeat_interleave(torch.tensor(segments.lengths))
+        self.rows = self._place(torch.arange(segments.total) + joint).to(device)
+        self.joints = self._joints(segments, device)
+
+    def _place(self, row: Tensor) -> Tensor:
+        """A lane is `steps` rows, one after the other, but the rows of one step lie together."""
+        size = self.lanes * self.steps
+        block, row = row // size, row % size
+        return block * size + row % self.steps * self.lanes + row // self.steps
+
+    def _joints(self, segments: Segments, device: torch.device) -> list[dict[int, _Joints]]:
+        """For each block {step: joints there}."""
+        found: list[dict[int, tuple[list[int], list[int]]]] = [{} for _ in range(self.blocks)]
+        for index, start in enumerate((*segments.starts, segments.total)):
+            lane, step = divmod(start + index, self.steps)
+            lanes, indices = found[lane // self.lanes].setdefault(step, ([], []))
+            lanes.append(lane % self.lanes)
+            indices.append(index)
+        return [
+            {
+                step: _Joints(
+                    torch.tensor(lanes, device=device), torch.tensor(indices, device=device), lanes
+                )
+                for step, (lanes, indices) in block.items()
+            }
+            for block in found
+        ]
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """(N, X) -> (blocks, Q, c, X), zeros at the joints and after the end."""
+        out = rows.new_zeros(self.blocks * self.steps * self.lanes, rows.shape[1])
+        out.index_copy_(0, self.rows, rows)
+        return out.view(self.blocks, self.steps, self.lanes, -1)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The inverse of `spread`; (blocks, Q, c, 1, X) and (blocks, Q, c, X, 1) will do."""
+        return rows.flatten(0, 2).flatten(1).index_select(0, self.rows)
+
+
+class _Joints(NamedTuple):
+    """The joints of one step of one block."""
+
+    lanes: Tensor
+    indices: Tensor  # 0 .. S: joint i stands before segment i
+    cut: list[int]  # the lanes again
+
+
+class _Line(NamedTuple):
+    """One block in walking order, which is forward or from its end."""
+
+    decay: Sequence[Tensor]  # Q of (c, n, e)
+    rows: Sequence[Tensor]  # Q + 1: where the lanes come from, then what each step adds
+    joints: Mapping[int, _Joints]
+    given: Tensor  # (S + 1, n, e): what each joint hands on
+
+    def walk(self, received: Tensor | None = None) -> None:
+        """rows[t+1] += decay[t] rows[t], all lanes at once.
+
+        A state is dropped at a joint, not multiplied by zero: one that is not finite stays with
+        its segment."""
+        steps = zip(self.decay, self.rows, self.rows[1:], strict=False)
+        for step, (fade, before, row) in enumerate(steps):
+            row.addcmul_(fade, before)
+            if step in self.joints:
+                lanes, indices, _ = self.joints[step]
+                row[lanes] = self.given[indices]
+                if received is not None:
+                    received[indices] = before[lanes]
+
+    def enter(self, carry: Tensor, left: Tensor, order: int) -> None:
+        """Fill rows[0]: every lane runs from zero to learn what it adds, then they are chained
+        from carry (n, e) by what is left after each, the last lane first where order is -1."""
+        lanes = list(zip(self.rows[0], left, self.added(), strict=True))[::order]
+        lanes[0][0].copy_(carry)
+        cut = {lane for found in self.joints.values() for lane in found.cut}
+        cuts = [lane in cut for lane in range(len(lanes))][::order]
+        for is_cut, (begin, kept, added), (following, _, _) in zip(
+            cuts, lanes, lanes[1:], strict=False
+        ):
+            if is_cut:
+                following.copy_(added)
+            else:
+                torch.addcmul(added, kept, begin, out=following)
+
+    def added(self) -> Tensor:
+        """(c, n, e)"""
+        h = torch.zeros_like(self.rows[0])
+        if len(h) == 1:
+            return h  # nothing follows the only lane
+        for step, (fade, row) in enumerate(zip(self.decay, self.rows[1:], strict=True)):
+            torch.addcmul(row, fade, h, out=h)
+            if step in self.joints:
+                lanes, indices, _ = self.joints[step]
+                h[lanes] = self.given[indices]
+        return h
 
 
 class _Walk:
-    """How N rows are cut in `count` chunks of `size`, and where segments start and end in them."""
+    """Buffers for one block, and the way over all blocks. Q steps, c lanes, n states, e channels."""
 
-    def __init__(self, segments: Segments, width: int, device: torch.device):
-        self.rows, self.width = segments.total, width
-        self.size = _chunk_size(segments, width)
-        self.count = -(-self.rows // self.size)
-        self.starts = self._by_step(segments.starts, device)
-        self.ends = self._by_step(segments.ends, device)
-        first = {row // self.size for row in segments.starts if row % self.size == 0}
-        self.chained = len(first) < self.count  # does any chunk begin inside a segment?
-        # A carried state survives a chunk only where no segment starts in it.
-        cut = sorted({row // self.size for row in segments.starts})
-        self.survives = torch.ones(self.count, 1, 1, device=device)
-        self.survives[torch.tensor(cut, device=device)] = 0
+    def __init__(self, plan: _Plan, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor):
+        self.plan = plan
+        self.A = A.contiguous()
+        # exp2, because torch's exp is several times slower on some CPUs. No -inf: times 0 is NaN.
+        self.A_log2 = (self.A * math.log2(math.e)).clamp_(min=torch.finfo(A.dtype).min)
+        self.x, self.delta = (plan.spread(v).unsqueeze(3) for v in (x, delta))
+        self.B, self.C = (plan.spread(v).unsqueeze(4) for v in (B, C))
+        # x, delta (blocks, Q, c, 1, e); B, C (blocks, Q, c, n, 1)
+        self.decay = x.new_empty(plan.steps, plan.lanes, *A.shape)
+        self.h = x.new_empty(plan.steps + 1, plan.lanes, *A.shape)  # h[0]: before the first step
 
-    def _by_step(
-        self, rows: tuple[int, ...], device: torch.device
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """{step within a chunk: (chunks, segments)} for the rows given, one a segment."""
-        found: dict[int, tuple[list[int], list[int]]] = {}
-        for segment, row in enumerate(rows):
-            chunks, owners = found.setdefault(row % self.size, ([], []))
-            chunks.append(row // self.size)
-            owners.append(segment)
-        return {
-            step: (torch.tensor(chunks, device=device), torch.tensor(owners, device=device))
-            for step, (chunks, owners) in found.items()
-        }
+    def fill(self, i: int) -> None:
+        """The decays of block i, and in h[1:] what each row adds."""
+        torch.mul(self.delta[i], self.A_log2, out=self.decay).exp2_()
+        torch.mul(self.B[i], self.x[i], out=self.h[1:])
 
-    def channel_blocks(self, channels: int) -> list[slice]:
-        """Slices of channels such that a step and a block stay within their sizes."""
-        states = self.width // channels
-        fits = STEP_ELEMENTS // (self.count * states)
-        room = BLOCK_ELEMENTS // (self.rows * states)
-        block = max(64, min(channels, fits, room))
-        return [slice(i, min(i + block, channels)) for i in range(0, channels, block)]
-
-    def cut(self, rows: Tensor) -> Tensor:
-        """(N, X) -> (size, count, X): step first, so that a step of all chunks is one slice."""
-        missing = self.size * self.count - self.rows
-        if missing:
-            rows = F.pad(rows, (0, 0, 0, missing))  # dt 0 leaves a state as it is
-        return rows.unflatten(0, (self.count, self.size)).transpose(0, 1)
-
-    def join(self, steps: Tensor) -> Tensor:
-        """The inverse of `cut`."""
-        return steps.transpose(0, 1).flatten(0, 1)[: self.rows]
-
-
-def _chunk_size(segments: Segments, width: int) -> int:
-    """Whole segments as chunks where they are equal and many enough to fill a step (each
-    exponential is then paid once); else about the square root of the rows, the fewest steps."""
-    if segments.uniform and segments.count * width >= STEP_ELEMENTS:
-        return segments.uniform
-    return max(16, min(64, int(segments.total**0.5)))
-
-
-class _Chunks:
-    """All chunks of one block of channels. Shapes: c chunks, n states, e channels, Q steps."""
-
-    def __init__(self, walk: _Walk, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor):
-        self.walk, self.A = walk, A.contiguous()
-        self.x, self.delta = walk.cut(x).unsqueeze(2), walk.cut(delta).unsqueeze(2)
-        self.B, self.C = walk.cut(B).unsqueeze(-1), walk.cut(C).unsqueeze(-1)
-        # x, delta (Q, c, 1, e); B, C (Q, c, n, 1)
-
-    def decay(self, step: int, out: Tensor) -> Tensor:
-        """exp(delta A) of one step of all chunks (c, n, e), in place of `out`."""
-        return torch.mul(self.delta[step], self.A, out=out).exp_()
-
-    def whole_decay(self) -> Tensor:
-        """What is left of a state after each chunk (c, n, e): a product of decays, as a sum."""
-        return torch.exp(self.delta.sum(0) * self.A).mul_(self.walk.survives)
-
-    def new_states(self) -> Tensor:
-        return self.x.new_zeros(self.walk.count, *self.A.shape)
+    def left(self, i: int) -> Tensor:
+        """What is left of a state after each lane (c, n, e): a product of decays, as a sum."""
+        return torch.exp2(self.delta[i].sum(0) * self.A_log2)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """state (S, n, e) -> y (N, e), final (S, n, e), the state each chunk begins with."""
-        begin = self.begin_states(state)
-        final = state.new_empty(state.shape)
-        y = self.x.new_empty(self.walk.size, self.walk.count, 1, self.x.shape[-1])
-        h, decay = begin.clone(), torch.empty_like(begin)
-        for step in range(self.walk.size):
-            self.advance(h, step, state, decay)
-            torch.bmm(self.C[step].mT, h, out=y[step])
-            if step in self.walk.ends:
-                chunks, owners = self.walk.ends[step]
-                final[owners] = h[chunks]
-        return self.walk.join(y[:, :, 0]), final, begin
-
-    def advance(self, h: Tensor, step: int, state: Tensor, decay: Tensor) -> None:
-        """One token of every chunk, in place."""
-        self.meet_start(h, step, state)
-        h.mul_(self.decay(step, decay)).addcmul_(self.x[step], self.B[step])
-
-    def begin_states(self, state: Tensor) -> Tensor:
-        """Run every chunk from zero, then chain what they leave: (c, n, e)."""
-        h = self.new_states()
-        if not self.walk.chained:
-            return h  # every chunk begins with a segment, whose state `advance` puts in
-        decay = torch.empty_like(h)
-        for step in range(self.walk.size):
-            self.advance(h, step, state, decay)
-        left, begin = self.whole_decay(), torch.zeros_like(h)
-        for chunk in range(1, self.walk.count):
-            torch.addcmul(h[chunk - 1], left[chunk - 1], begin[chunk - 1], out=begin[chunk])
-        return begin
+        """state (S, n, e) -> y (N, e), final (S, n, e), and h[0] of every block."""
+        plan, y = self.plan, torch.empty_like(self.x)
+        given = F.pad(state, (0, 0, 0, 0, 0, 1))
+        received = torch.empty_like(given)
+        begins = state.new_empty(plan.blocks, *self.h[0].shape)
+        carry = torch.zeros_like(self.A)
+        for i in range(plan.blocks):
+            self.fill(i)
+            line = _Line(self.decay.unbind(), self.h.unbind(), plan.joints[i], given)
+            line.enter(carry, self.left(i), order=1)
+            begins[i] = self.h[0]
+            line.walk(received)
+            carry = self.h[-1, -1].clone()
+            torch.bmm(_flat(self.C[i]).mT, _flat(self.h[1:]), out=_flat(y[i]))
+        return plan.gather(y), received[1:], begins
 
     def backward(
-        self, dy: Tensor, dfinal: Tensor, begin: Tensor, state: Tensor
+        self, dy: Tensor, dfinal: Tensor, state: Tensor, begins: Tensor
     ) -> tuple[Tensor, ...]:
-        """Walks back with g = dL/dh; a state before its input is recomputed and kept.
+        """From the end, with g_t = decay_t dL/dh_t: what reaches h_{t-1} from row t.
 
-        Returns dx, ddelta (N, e), dA (n, e), dstate (S, n, e), and this block's dB, dC (N, n)."""
-        steps = self.walk.cut(dy).unsqueeze(2)  # (Q, c, 1, e)
-        kept = self.decayed_states(begin, state)  # (Q, c, n, e)
-        carry = self.end_gradients(steps, dfinal)
-        dx, ddelta = torch.empty_like(steps), torch.empty_like(steps)
-        dB, dC = torch.empty_like(self.B), torch.empty_like(self.C)
-        dA, dstate = torch.zeros_like(carry), torch.empty_like(state)
-        decay, g = torch.empty_like(carry), torch.empty_like(carry)
-        for step in reversed(range(self.walk.size)):
-            self.meet_end(carry, step, dfinal)
-            torch.addcmul(carry, steps[step], self.C[step], out=g)
-            torch.bmm(self.B[step].mT, g, out=dx[step])
-            torch.bmm(g, self.x[step].mT, out=dB[step])
-            torch.bmm(kept[step], steps[step].mT, out=dC[step])
-            torch.mul(self.decay(step, decay), g, out=carry)
-            through = g.mul_(kept[step])  # dL/d(delta A), element by element
-            dA.addcmul_(through, self.delta[step])
-            torch.sum(through.mul_(self.A), dim=1, keepdim=True, out=ddelta[step])
-            self.leave_start(carry, step, dstate)
-        dC.addcmul_(self.B, (self.x * steps).sum(-1, keepdim=True))  # the input's part of h
-        join = self.walk.join
-        return (
-            join(dx[:, :, 0]),
-            join(ddelta[:, :, 0]),
-            dA.sum(0),
-            dstate,
-            join(dB[..., 0]),
-            join(dC[..., 0]),
-        )
+        Returns dx, ddelta (N, e), dA (n, e), dB, dC (N, n), dstate (S, n, e)."""
+        plan, dy = self.plan, self.plan.spread(dy).unsqueeze(3)
+        given, back = F.pad(state, (0, 0, 0, 0, 0, 1)), F.pad(dfinal, (0, 0, 0, 0, 1, 0))
+        received = torch.empty_like(back)
+        dA, carry = torch.zeros_like(self.A), torch.zeros_like(self.A)
+        dx, ddelta, dB, dC = (torch.empty_like(v) for v in (self.x, self.delta, self.B, self.C))
+        g = torch.empty_like(self.h)  # g[-1]: from behind the last step
+        for i in reversed(range(plan.blocks)):
+            self.fill(i)
+            self.h[0] = begins[i]
+            _Line(self.decay.unbind(), self.h.unbind(), plan.joints[i], given).walk()
+            torch.bmm(_flat(self.h[1:]), _flat(dy[i]).mT, out=_flat(dC[i]))
+            torch.mul(self.decay, dy[i], out=g[:-1]).mul_(self.C[i])
+            joints = {plan.steps - 1 - step: found for step, found in plan.joints[i].items()}
+            line = _Line(self.decay.unbind()[::-1], g.unbind()[::-1], joints, back)
+            line.enter(carry, self.left(i), order=-1)
+            line.walk(received)
+            carry = g[0, 0].clone()
+            torch.bmm(_flat(self.B[i]).mT, _flat(g[1:]), out=_flat(dx[i]))
+            torch.bmm(_flat(g[1:]), _flat(self.x[i]).mT, out=_flat(dB[i]))
+            through = self.h[:-1].mul_(g[:-1])  # dL/d(delta A), element by element
+            torch.sum(torch.mul(through, self.A, out=self.decay), 2, keepdim=True, out=ddelta[i])
+            dA += through.mul_(self.delta[i]).sum((0, 1))
+        # What a row's own y takes, beside what comes back from the rows behind it.
+        dx.addcmul_((self.B * self.C).sum(3, keepdim=True), dy)
+        dB.addcmul_(self.C, (self.x * dy).sum(4, keepdim=True))
+        rows = [plan.gather(v) for v in (dx, ddelta, dB, dC)]
+        return rows[0], rows[1], dA, rows[2], rows[3], received[:-1]
 
-    def decayed_states(self, begin: Tensor, state: Tensor) -> Tensor:
-        """exp(delta_t A) h_{t-1} for every token (Q, c, n, e)."""
-        kept = begin.new_empty(self.walk.size, *begin.shape)
-        h = begin.clone()
-        for step in range(self.walk.size):
-            self.meet_start(h, step, state)
-            torch.mul(h, self.decay(step, kept[step]), out=kept[step])
-            torch.addcmul(kept[step], self.x[step], self.B[step], out=h)
-        return kept
 
-    def end_gradients(self, dy: Tensor, dfinal: Tensor) -> Tensor:
-        """What reaches each chunk's last state from the chunks after it (c, n, e)."""
-        carry = self.new_states()
-        if not self.walk.chained:
-            return carry
-        decay = torch.empty_like(carry)
-        for step in reversed(range(self.walk.size)):
-            self.meet_end(carry, step, dfinal)
-            carry.addcmul_(dy[step], self.C[step]).mul_(self.decay(step, decay))
-            self.leave_start(carry, step, None)
-        left, arriving = self.whole_decay(), torch.zeros_like(carry)
-        for chunk in reversed(range(1, self.walk.count)):
-            torch.addcmul(carry[chunk], left[chunk], arriving[chunk], out=arriving[chunk - 1])
-        return arriving
-
-    def meet_start(self, h: Tensor, step: int, state: Tensor) -> None:
-        if step in self.walk.starts:
-            chunks, owners = self.walk.starts[step]
-            h[chunks] = state[owners]
-
-    def meet_end(self, carry: Tensor, step: int, dfinal: Tensor) -> None:
-        if step in self.walk.ends:
-            chunks, owners = self.walk.ends[step]
-            carry[chunks] = dfinal[owners]
-
-    def leave_start(self, carry: Tensor, step: int, dstate: Tensor | None) -> None:
-        """A segment's first token hands its gradient to the initial state, not to the row before."""
-        if step in self.walk.starts:
-            chunks, owners = self.walk.starts[step]
-            if dstate is not None:
-                dstate[owners] = carry[chunks]
-            carry[chunks] = 0
+def _flat(block: Tensor) -> Tensor:
+    """(Q, c, ...) -> (Q c, ...), a view."""
+    return block.flatten(0, 1)

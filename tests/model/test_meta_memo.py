@@ -119,14 +119,23 @@ def test_after_load_state_dict(
     assert_follows(model, before, want=other)
 
 
-def test_after_a_cast(model: LanguageModel, tiny: Tiny, lively: Lively) -> None:
-    """To bfloat16 and back the weights are rounded: the values of before are not these."""
+def test_after_a_cast(model: LanguageModel) -> None:
+    """To bfloat16 the weights are rounded; and back again they are the same values, but what was
+    computed from them in bfloat16 must not stay."""
     before = logits(model)
-    states = model.double().decoder.meta_states()
-    assert {x.dtype for state in states for x in state if x is not None} == {torch.float64}
-    torch.testing.assert_close(logits(model).float(), before, atol=1e-4, rtol=0)
-    model.bfloat16().float()
+
+    def kinds() -> set[torch.dtype]:
+        states = model.decoder.meta_states()
+        return {x.dtype for state in states for x in state if x is not None}
+
+    assert kinds() == {torch.float32}
+    model.bfloat16()
+    assert torch.bfloat16 in kinds()
+    model.float()
+    assert kinds() == {torch.float32}
     assert_follows(model, before)
+    model.double()
+    assert kinds() == {torch.float64}
 
 
 EDITS: dict[str, Callable[[Tensor], object]] = {
@@ -137,19 +146,25 @@ EDITS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
+# The same numbers in another order: only autograd's version counter tells.
+COUNTED = EDITS | {
+    "two rows swapped": lambda p: p.copy_(p[[*range(5), 7, 6, 5, *range(8, len(p))]])
+}
+
+
+@pytest.mark.parametrize("edit", COUNTED)
 def test_after_an_edit_in_place(model: LanguageModel, edit: str) -> None:
     before = logits(model)
     with torch.no_grad():
-        EDITS[edit](model.get_parameter(f"{IN_PROJ}.weight"))
+        COUNTED[edit](model.get_parameter(f"{IN_PROJ}.weight"))
     assert_follows(model, before)
 
 
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("edit", COUNTED)
 def test_after_an_edit_in_inference_mode(model: LanguageModel, edit: str) -> None:
     before = logits(model)
     with torch.inference_mode():
-        EDITS[edit](model.get_parameter(f"{IN_PROJ}.weight"))
+        COUNTED[edit](model.get_parameter(f"{IN_PROJ}.weight"))
     assert_follows(model, before)
 
 
