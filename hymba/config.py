@@ -177,6 +177,9 @@ def _check_sizes(config: Config) -> None:
         raise ConfigError(f"meta_tokens must be 0 or more, not {config.meta_tokens}")
     if not config.layers:
         raise ConfigError("a model needs at least one layer")
+    pad = config.pad_token_id
+    if pad is not None and not (_is_whole(pad) and 0 <= pad < config.vocab_size):
+        raise ConfigError(f"pad_token_id {pad!r} is not in a vocabulary of {config.vocab_size}")
     if config.hidden_size % config.num_heads:
         raise ConfigError(
             f"hidden_size {config.hidden_size} does not divide into {config.num_heads} heads"
@@ -252,11 +255,16 @@ class _Reader:
             raise ConfigError(f"config.json has no {key!r}")
         return self.keys[key]
 
-    def count(self, key: str) -> int:
-        value = self.need(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number; without a default the key must be there."""
+        value = self.need(key) if default is None else self.get(key, default)
+        if not _is_whole(value):
             raise ConfigError(f"config.json: {key} must be a whole number, not {value!r}")
         return int(value)
+
+    def indices(self, key: str, count: int) -> list[int] | None:
+        """Numbers of layers, or None where the key says nothing."""
+        return None if self.keys.get(key) is None else _indices(key, self.keys[key], count)
 
     def get(self, key: str, default: Any) -> Any:
         value = self.keys.get(key)
@@ -278,7 +286,7 @@ class _Reader:
             num_heads=self.count("num_attention_heads"),
             num_kv_heads=self.count("num_key_value_heads"),
             intermediate_size=self.count("intermediate_size"),
-            meta_tokens=int(self.get("num_memory_tokens", 0)),
+            meta_tokens=self.count("num_memory_tokens", 0),
             ssm_expand=self.count("mamba_expand"),
             ssm_state=self.count("mamba_d_state"),
             ssm_conv=self.count("mamba_d_conv"),
@@ -288,8 +296,8 @@ class _Reader:
             rope_type=self.get("rope_type", "default"),
             rope_theta=self.number("rope_theta", 10000.0),
             max_positions=self.count("max_position_embeddings"),
-            original_max_positions=int(
-                self.get("orig_max_position_embeddings", self.count("max_position_embeddings"))
+            original_max_positions=self.count(
+                "orig_max_position_embeddings", self.count("max_position_embeddings")
             ),
             norm_eps=self.number("rms_norm_eps", 1e-6),
             initializer_range=self.number("initializer_range", 0.02),
@@ -319,34 +327,52 @@ class _Reader:
         if PLAN_KEY in self.keys:
             return _read_plan(self.keys[PLAN_KEY], count)
         window, kv_from = self.keys.get("sliding_window"), self.kv_from(count)
-        global_layers = self.keys.get("global_attn_idx")
-        if window is not None and global_layers is None:
+        global_layers = self.indices("global_attn_idx", count)
+        if window is None:
+            return tuple(Layer(kv_from=kv_from.get(i)) for i in range(count))
+        if global_layers is None:
             raise ConfigError(
                 "config.json has sliding_window but no global_attn_idx: list the layers that see"
                 " everything ([] for none)"
             )
+        reach = self.count("sliding_window")
         return tuple(
-            Layer(
-                window=None if window is None or i in (global_layers or ()) else int(window),
-                kv_from=kv_from.get(i),
-            )
+            Layer(window=None if i in global_layers else reach, kv_from=kv_from.get(i))
             for i in range(count)
         )
 
     def kv_from(self, count: int) -> dict[int, int]:
         """{consumer: producer}, from the groups or from the "every n-th layer" rule."""
-        groups, every = self.keys.get("kv_reuse_group"), self.get("kv_reuse_every_i_layer", -1)
-        if groups is None and every > 0:
-            return {i: i - i % every for i in range(count) if i % every}
+        groups, every = self.keys.get("kv_reuse_group"), self.count("kv_reuse_every_i_layer", -1)
+        if groups is None:
+            return {i: i - i % every for i in range(count) if i % every} if every > 0 else {}
+        if not isinstance(groups, (list, tuple)):
+            raise ConfigError(
+                f"config.json: kv_reuse_group must be lists of layers, not {groups!r}"
+            )
         shared: dict[int, int] = {}
-        for group in groups or []:
-            for consumer in group[1:]:
-                if consumer in shared or not 0 <= consumer < count:
-                    raise ConfigError(
-                        f"kv_reuse_group: layer {consumer} does not exist or is in two groups"
-                    )
-                shared[consumer] = group[0]
+        for group in groups:
+            producer, *consumers = _indices("kv_reuse_group", group, count) or [0]
+            for consumer in consumers:
+                if consumer in shared:
+                    raise ConfigError(f"kv_reuse_group: layer {consumer} is in two groups")
+                shared[consumer] = producer
         return shared
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, float):
+        return value.is_integer()  # not nan, not inf
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _indices(key: str, value: Any, count: int) -> list[int]:
+    if not isinstance(value, (list, tuple)) or not all(map(_is_whole, value)):
+        raise ConfigError(f"config.json: {key} must list layers, not {value!r}")
+    absent = [index for index in value if not 0 <= index < count]
+    if absent:
+        raise ConfigError(f"config.json: {key} names layer {absent[0]}, which does not exist")
+    return [int(index) for index in value]
 
 
 def _read_plan(plan: Any, count: int) -> tuple[Layer, ...]:
@@ -384,12 +410,13 @@ def _write(config: Config) -> dict[str, Any]:
     """The official config.json of a config, sorted as transformers writes it."""
     layers, window = config.layers, next((x.window for x in config.layers if x.window), None)
     global_layers = [i for i, layer in enumerate(layers) if layer.window is None]
+    kernel = "flex" if config.meta_tokens else "flash_attention_2"  # what the released code takes
     keys: dict[str, Any] = {
         "architectures": ["HymbaForCausalLM"],
         "attention_dropout": 0.0,
         "attn_hidden_size": -1,
-        "attn_implementation": "flex",
-        "attn_implementation_new": "flex",
+        "attn_implementation": kernel,
+        "attn_implementation_new": kernel,
         "bos_token_id": config.bos_token_id,
         "calc_logits_for_entire_prompt": False,
         "conv_dim": {str(i): config.inner_size for i in range(config.num_layers)},

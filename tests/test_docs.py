@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import io
+import os
 import re
 import subprocess
 import sys
@@ -173,7 +174,8 @@ def test_examples_say_how_to_run_them(example: Path) -> None:
 
 def run(example: str, *arguments: str) -> str:
     command = [sys.executable, f"examples/{example}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}  # also where the package is not installed
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

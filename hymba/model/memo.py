@@ -3,8 +3,8 @@
 A weight can change by an optimiser step or a load (its version counter moves), by a cast or a move
 (its memory moves), or behind the counter's back, as adapter libraries merge through `.data`: so its
 norm and a few of its values are looked at too, which reads every weight once, as decoding one
-token does. Autocast changes what is computed from them. Modules that are neither ours nor torch's, hooks, and replaced
-forwards can change a result without touching a weight: then nothing is kept.
+token does. Autocast changes what is computed from them. Modules that are neither ours nor torch's,
+hooks, and replaced forwards can change a result without touching a weight: then nothing is kept.
 """
 
 from __future__ import annotations

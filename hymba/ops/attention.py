@@ -221,12 +221,12 @@ def _split_softmax(
     wide, scale = torch.promote_types(q.dtype, torch.float32), q.shape[-1] ** -0.5
     scores = []
     for k, mask in zip(keys, seen, strict=True):
-        part = (_products(q, k.mT) * scale).to(wide)  # (s, G, r, T, P)
+        part = _products(q.to(wide), k.to(wide).mT) * scale  # (s, G, r, T, P)
         scores.append(part.masked_fill(~mask[:, None, None], float("-inf")))
-    weights = torch.cat(scores, dim=-1).softmax(-1).to(q.dtype)
+    weights = torch.cat(scores, dim=-1).softmax(-1)
     shares = weights.split([k.shape[2] for k in keys], dim=-1)
-    parts = [_products(share, v) for share, v in zip(shares, values, strict=True)]
-    return sum(parts[1:], start=parts[0])
+    parts = [_products(share, v.to(wide)) for share, v in zip(shares, values, strict=True)]
+    return sum(parts[1:], start=parts[0]).to(q.dtype)
 
 
 def _products(rows: Tensor, matrix: Tensor) -> Tensor:

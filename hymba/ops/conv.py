@@ -61,12 +61,14 @@ def causal_conv(
 
 
 def _slide(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows (S, K-1+T, E) -> (S, T, E)."""
+    """rows (S, K-1+T, E) -> (S, T, E), added up in a wide dtype."""
+    dtype, wide = rows.dtype, torch.promote_types(rows.dtype, torch.float32)
+    rows, weight = rows.to(wide), weight.to(wide)
     length = rows.shape[1] - weight.shape[1] + 1
     out = rows[:, :length] * weight[:, 0]
     for tap in range(1, weight.shape[1]):
         out = torch.addcmul(out, rows[:, tap : tap + length], weight[:, tap])
-    return F.silu(out if bias is None else out + bias)
+    return F.silu(out if bias is None else out + bias.to(wide)).to(dtype)
 
 
 def _states(x: Tensor, weight: Tensor, segments: Segments, state: Tensor | None) -> Tensor:

@@ -12,10 +12,10 @@ function, fast on a CPU. All segments stand in one row, with a joint before each
 
     J a a a a J b b b J c c J
 
-and a joint is a row too: its decay is 0 and it adds the initial state of the segment behind it, so
-that h before a joint is a final state and h after it an initial one; backwards it receives and
-hands on their gradients in the same way. Segments need no other care. The row is cut in blocks and
-a block in lanes that walk side by side, each step of all of them one call:
+and a joint is a row too: h of the row before it is a final state, and its own h is the initial
+state of the segment behind it. Backwards a joint receives and hands on gradients in the same way,
+so segments need no other care. The row is cut in blocks, and a block in lanes that walk side by
+side, each step of all of them one call:
 
     lane 0  J a a a      each runs from zero first to learn what it adds to the state, then they
     lane 1  a J b b      are chained, then each walks again from its true state. Everything that
@@ -28,8 +28,8 @@ Backward is written by hand; it keeps one state a lane and recomputes the rest b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ from hymba.ops.segments import Segments
 # Elements (lanes x states x channels) of one step, enough to hide the cost of a torch call and
 # little enough for a second-level cache, and of one block, of which a walk holds three.
 STEP_ELEMENTS = 1 << 15
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 20
 
 
 def selective_scan_reference(
@@ -149,7 +149,7 @@ class _Recurrence(torch.autograd.Function):
         segments: Segments,
     ) -> tuple[Tensor, Tensor]:
         plan = _Plan(segments, A.numel(), x.device)
-        with _one_thread(x.device):
+        with torch.autocast(x.device.type, enabled=False):  # all is in the wide dtype already
             walk = _Walk(plan, x, delta, A, B, C)
             y, final, begins = walk.forward(state)
         ctx.plan = plan
@@ -160,49 +160,37 @@ class _Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         x, delta, A, B, C, state, begins = ctx.saved_tensors
-        with _one_thread(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             walk = _Walk(ctx.plan, x, delta, A, B, C)
             return *walk.backward(dy, dfinal, state, begins), None
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """A walk is thousands of calls too short to share out: a second thread gains little on an idle
-    machine, and on a busy one every call waits for it (100 times slower: docs/log.md)."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Plan:
     """Where each row stands: block, step, lane. Made once for both directions."""
 
     def __init__(self, segments: Segments, width: int, device: torch.device):
-        rows = segments.total + segments.count + 1
-        scale = 1 if device.type == "cpu" else 32
+        self.total, rows = segments.total, segments.total + segments.count + 1
+        scale = 1 if device.type == "cpu" else 8
         lanes = max(1, min(scale * STEP_ELEMENTS // width, math.isqrt(rows)))
         steps = max(1, scale * BLOCK_ELEMENTS // (lanes * width))
         self.blocks = -(-rows // (lanes * steps))
         self.lanes, self.steps = lanes, -(-rows // (lanes * self.blocks))
-        joint = torch.arange(1, segments.count + 1)  # each token stands behind so many joints
-        joint = joint.repeat_interleave(torch.tensor(segments.lengths))
-        self.rows = self._place(torch.arange(segments.total) + joint).to(device)
+        self.tokens = self._tokens(segments).to(device)  # (blocks, Q c)
+        self.absent = (self.tokens == self.total).view(self.blocks, self.steps, self.lanes, 1, 1)
         self.joints = self._joints(segments, device)
 
-    def _place(self, row: Tensor) -> Tensor:
-        """A lane is `steps` rows, one after the other, but the rows of one step lie together."""
-        size = self.lanes * self.steps
-        block, row = row // size, row % size
-        return block * size + row % self.steps * self.lanes + row // self.steps
+    def _tokens(self, segments: Segments) -> Tensor:
+        """Which token stands where; N for none (a joint, or after the end)."""
+        token = torch.arange(segments.total)
+        joints = torch.arange(1, segments.count + 1)  # so many joints stand before each token
+        row = token + joints.repeat_interleave(torch.tensor(segments.lengths))
+        tokens = torch.full((self.blocks * self.lanes * self.steps,), segments.total)
+        tokens[row] = token
+        # A lane is Q rows, one after the other; the rows of one step shall lie together.
+        return tokens.view(self.blocks, self.lanes, self.steps).mT.flatten(1)
 
     def _joints(self, segments: Segments, device: torch.device) -> list[dict[int, _Joints]]:
-        """For each block {step: joints there}."""
+        """For each block {step: the joints there}."""
         found: list[dict[int, tuple[list[int], list[int]]]] = [{} for _ in range(self.blocks)]
         for index, start in enumerate((*segments.starts, segments.total)):
             lane, step = divmod(start + index, self.steps)
@@ -210,24 +198,17 @@ class _Plan:
             lanes.append(lane % self.lanes)
             indices.append(index)
         return [
-            {
-                step: _Joints(
-                    torch.tensor(lanes, device=device), torch.tensor(indices, device=device), lanes
-                )
-                for step, (lanes, indices) in block.items()
-            }
-            for block in found
+            {step: _Joints.of(*joints, device) for step, joints in block.items()} for block in found
         ]
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """(N, X) -> (blocks, Q, c, X), zeros at the joints and after the end."""
-        out = rows.new_zeros(self.blocks * self.steps * self.lanes, rows.shape[1])
-        out.index_copy_(0, self.rows, rows)
-        return out.view(self.blocks, self.steps, self.lanes, -1)
+    def take(self, i: int, rows: Tensor) -> Tensor:
+        """(N, X) -> block i (Q, c, X); what stands where no token is does not matter."""
+        tokens = self.tokens[i].clamp(max=self.total - 1)
+        return rows.index_select(0, tokens).view(self.steps, self.lanes, -1)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The inverse of `spread`; (blocks, Q, c, 1, X) and (blocks, Q, c, X, 1) will do."""
-        return rows.flatten(0, 2).flatten(1).index_select(0, self.rows)
+    def put(self, i: int, rows: Tensor, block: Tensor) -> None:
+        """The inverse, into rows (N + 1, X); the last is for what has no token."""
+        rows.index_copy_(0, self.tokens[i], block.flatten(0, 1).flatten(1))
 
 
 class _Joints(NamedTuple):
@@ -236,6 +217,12 @@ class _Joints(NamedTuple):
     lanes: Tensor
     indices: Tensor  # 0 .. S: joint i stands before segment i
     cut: list[int]  # the lanes again
+
+    @staticmethod
+    def of(lanes: list[int], indices: list[int], device: torch.device) -> _Joints:
+        return _Joints(
+            torch.tensor(lanes, device=device), torch.tensor(indices, device=device), lanes
+        )
 
 
 class _Line(NamedTuple):
@@ -263,23 +250,20 @@ class _Line(NamedTuple):
     def enter(self, carry: Tensor, left: Tensor, order: int) -> None:
         """Fill rows[0]: every lane runs from zero to learn what it adds, then they are chained
         from carry (n, e) by what is left after each, the last lane first where order is -1."""
-        lanes = list(zip(self.rows[0], left, self.added(), strict=True))[::order]
-        lanes[0][0].copy_(carry)
         cut = {lane for found in self.joints.values() for lane in found.cut}
-        cuts = [lane in cut for lane in range(len(lanes))][::order]
-        for is_cut, (begin, kept, added), (following, _, _) in zip(
-            cuts, lanes, lanes[1:], strict=False
-        ):
-            if is_cut:
+        lanes = list(zip(range(len(left)), self.rows[0], left, self.added(), strict=True))[::order]
+        lanes[0][1].copy_(carry)
+        for (lane, begin, kept, added), (_, following, _, _) in pairwise(lanes):
+            if lane in cut:
                 following.copy_(added)
             else:
                 torch.addcmul(added, kept, begin, out=following)
 
     def added(self) -> Tensor:
-        """(c, n, e)"""
+        """What each lane adds to the state (c, n, e)."""
         h = torch.zeros_like(self.rows[0])
         if len(h) == 1:
-            return h  # nothing follows the only lane
+            return h  # nobody follows the only lane
         for step, (fade, row) in enumerate(zip(self.decay, self.rows[1:], strict=True)):
             torch.addcmul(row, fade, h, out=h)
             if step in self.joints:
@@ -289,44 +273,47 @@ class _Line(NamedTuple):
 
 
 class _Walk:
-    """Buffers for one block, and the way over all blocks. Q steps, c lanes, n states, e channels."""
+    """The way over all blocks. Q steps, c lanes, n states, e channels."""
 
     def __init__(self, plan: _Plan, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor):
-        self.plan = plan
+        self.plan, self.inputs = plan, (x, delta, B, C)
         self.A = A.contiguous()
         # exp2, because torch's exp is several times slower on some CPUs. No -inf: times 0 is NaN.
         self.A_log2 = (self.A * math.log2(math.e)).clamp_(min=torch.finfo(A.dtype).min)
-        self.x, self.delta = (plan.spread(v).unsqueeze(3) for v in (x, delta))
-        self.B, self.C = (plan.spread(v).unsqueeze(4) for v in (B, C))
-        # x, delta (blocks, Q, c, 1, e); B, C (blocks, Q, c, n, 1)
         self.decay = x.new_empty(plan.steps, plan.lanes, *A.shape)
         self.h = x.new_empty(plan.steps + 1, plan.lanes, *A.shape)  # h[0]: before the first step
 
-    def fill(self, i: int) -> None:
-        """The decays of block i, and in h[1:] what each row adds."""
-        torch.mul(self.delta[i], self.A_log2, out=self.decay).exp2_()
-        torch.mul(self.B[i], self.x[i], out=self.h[1:])
+    def fill(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, delta (Q, c, 1, e) and B, C (Q, c, n, 1) of block i; its decays, and in h[1:] what
+        each row adds."""
+        x, delta, B, C = (self.plan.take(i, rows) for rows in self.inputs)
+        x, delta, B, C = x.unsqueeze(2), delta.unsqueeze(2), B.unsqueeze(3), C.unsqueeze(3)
+        delta.masked_fill_(self.plan.absent[i], 0)
+        torch.mul(delta, self.A_log2, out=self.decay).exp2_()
+        torch.mul(B, x, out=self.h[1:])
+        return x, delta, B, C
 
-    def left(self, i: int) -> Tensor:
+    def left(self, delta: Tensor) -> Tensor:
         """What is left of a state after each lane (c, n, e): a product of decays, as a sum."""
-        return torch.exp2(self.delta[i].sum(0) * self.A_log2)
+        return torch.exp2(delta.sum(0) * self.A_log2)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """state (S, n, e) -> y (N, e), final (S, n, e), and h[0] of every block."""
-        plan, y = self.plan, torch.empty_like(self.x)
+        plan = self.plan
         given = F.pad(state, (0, 0, 0, 0, 0, 1))
         received = torch.empty_like(given)
         begins = state.new_empty(plan.blocks, *self.h[0].shape)
+        y = state.new_empty(plan.total + 1, state.shape[-1])
         carry = torch.zeros_like(self.A)
         for i in range(plan.blocks):
-            self.fill(i)
+            _, delta, _, C = self.fill(i)
             line = _Line(self.decay.unbind(), self.h.unbind(), plan.joints[i], given)
-            line.enter(carry, self.left(i), order=1)
+            line.enter(carry, self.left(delta), order=1)
             begins[i] = self.h[0]
             line.walk(received)
             carry = self.h[-1, -1].clone()
-            torch.bmm(_flat(self.C[i]).mT, _flat(self.h[1:]), out=_flat(y[i]))
-        return plan.gather(y), received[1:], begins
+            plan.put(i, y, _products(C.mT, self.h[1:]))
+        return y[:-1], received[1:], begins
 
     def backward(
         self, dy: Tensor, dfinal: Tensor, state: Tensor, begins: Tensor
@@ -334,35 +321,34 @@ class _Walk:
         """From the end, with g_t = decay_t dL/dh_t: what reaches h_{t-1} from row t.
 
         Returns dx, ddelta (N, e), dA (n, e), dB, dC (N, n), dstate (S, n, e)."""
-        plan, dy = self.plan, self.plan.spread(dy).unsqueeze(3)
+        plan = self.plan
         given, back = F.pad(state, (0, 0, 0, 0, 0, 1)), F.pad(dfinal, (0, 0, 0, 0, 1, 0))
         received = torch.empty_like(back)
         dA, carry = torch.zeros_like(self.A), torch.zeros_like(self.A)
-        dx, ddelta, dB, dC = (torch.empty_like(v) for v in (self.x, self.delta, self.B, self.C))
+        dx, ddelta, dB, dC = (v.new_empty(plan.total + 1, v.shape[1]) for v in self.inputs)
         g = torch.empty_like(self.h)  # g[-1]: from behind the last step
         for i in reversed(range(plan.blocks)):
-            self.fill(i)
+            x, delta, B, C = self.fill(i)
+            dout = plan.take(i, dy).unsqueeze(2)
             self.h[0] = begins[i]
             _Line(self.decay.unbind(), self.h.unbind(), plan.joints[i], given).walk()
-            torch.bmm(_flat(self.h[1:]), _flat(dy[i]).mT, out=_flat(dC[i]))
-            torch.mul(self.decay, dy[i], out=g[:-1]).mul_(self.C[i])
+            plan.put(i, dC, _products(self.h[1:], dout.mT))
+            torch.mul(self.decay, dout, out=g[:-1]).mul_(C)
             joints = {plan.steps - 1 - step: found for step, found in plan.joints[i].items()}
             line = _Line(self.decay.unbind()[::-1], g.unbind()[::-1], joints, back)
-            line.enter(carry, self.left(i), order=-1)
+            line.enter(carry, self.left(delta), order=-1)
             line.walk(received)
             carry = g[0, 0].clone()
-            torch.bmm(_flat(self.B[i]).mT, _flat(g[1:]), out=_flat(dx[i]))
-            torch.bmm(_flat(g[1:]), _flat(self.x[i]).mT, out=_flat(dB[i]))
+            # What comes back from the rows behind, and what a row's own y takes.
+            own = (B * C).sum(2, keepdim=True), (x * dout).sum(3, keepdim=True)
+            plan.put(i, dx, _products(B.mT, g[1:]).addcmul_(own[0], dout))
+            plan.put(i, dB, _products(g[1:], x.mT).addcmul_(own[1], C))
             through = self.h[:-1].mul_(g[:-1])  # dL/d(delta A), element by element
-            torch.sum(torch.mul(through, self.A, out=self.decay), 2, keepdim=True, out=ddelta[i])
-            dA += through.mul_(self.delta[i]).sum((0, 1))
-        # What a row's own y takes, beside what comes back from the rows behind it.
-        dx.addcmul_((self.B * self.C).sum(3, keepdim=True), dy)
-        dB.addcmul_(self.C, (self.x * dy).sum(4, keepdim=True))
-        rows = [plan.gather(v) for v in (dx, ddelta, dB, dC)]
-        return rows[0], rows[1], dA, rows[2], rows[3], received[:-1]
+            plan.put(i, ddelta, torch.mul(through, self.A, out=self.decay).sum(2, keepdim=True))
+            dA += through.mul_(delta).sum((0, 1))
+        return dx[:-1], ddelta[:-1], dA, dB[:-1], dC[:-1], received[:-1]
 
 
-def _flat(block: Tensor) -> Tensor:
-    """(Q, c, ...) -> (Q c, ...), a view."""
-    return block.flatten(0, 1)
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products of (Q, c, k, m) and (Q, c, m, l)."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])

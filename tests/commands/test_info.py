@@ -75,13 +75,19 @@ def test_info_asks_the_hub(
     """Only config.json is fetched; without a network there is one clear line."""
     hub = pytest.importorskip("huggingface_hub")
     (tmp_path / "config.json").write_text(json.dumps(Config.preset("hymba-tiny").to_dict()))
-    monkeypatch.setattr(hub, "hf_hub_download", lambda model, name: tmp_path / name)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        hub,
+        "snapshot_download",
+        lambda model, allow_patterns: asked.extend(allow_patterns) or tmp_path,
+    )
     assert "some/model (hub): " in run_info(capsys, "some/model")
+    assert asked == ["config.json"]
 
-    def fails(model: str, name: str) -> Path:
+    def fails(model: str, allow_patterns: list[str]) -> Path:
         raise OSError("no network\nand much more")
 
-    monkeypatch.setattr(hub, "hf_hub_download", fails)
+    monkeypatch.setattr(hub, "snapshot_download", fails)
     assert cli.main(["info", "some/model"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("hymba: error: some/model") and last.endswith(": no network")

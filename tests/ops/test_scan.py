@@ -72,7 +72,7 @@ def recurrence(
 @pytest.mark.parametrize("op", [selective_scan_chunked, selective_scan_reference])
 @pytest.mark.parametrize("rows", [1, 15, 16, 63, 257, 4200])
 def test_definition(op: Callable[..., tuple[Tensor, Tensor]], rows: int) -> None:
-    """To 1e-10 in float64, at lengths around every size of chunk (16 to 64 rows)."""
+    """To 1e-10 in float64, at lengths of one lane and of many, of one block and of several."""
     tensors = inputs(Segments((rows,)), channels=2, states=3)
     state = tensors.pop("initial_state")
     want, want_final = recurrence(**tensors, h=state[0])
@@ -103,15 +103,20 @@ def test_widths(agree: Callable[..., None], channels: int, states: int, device: 
     agree(selective_scan_chunked, selective_scan_reference, tensors, {"segments": segments})
 
 
-@pytest.mark.parametrize("lengths", [(40,), (20, 20), (3, 30, 7)], ids=str)
-def test_blocks_of_channels(
-    agree: Callable[..., None], lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lengths", [(40,), (20, 20), (3, 30, 7), (1,) * 40], ids=str)
+@pytest.mark.parametrize(("lanes", "steps"), [(1, 1), (1, 7), (4, 1), (3, 4), (2, 50)])
+def test_any_cut_into_blocks_and_lanes(
+    agree: Callable[..., None],
+    lengths: tuple[int, ...],
+    lanes: int,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """130 channels walk as 64 + 64 + 2, and equal segments as one chunk each."""
-    monkeypatch.setattr(scan_module, "STEP_ELEMENTS", 1)
-    monkeypatch.setattr(scan_module, "BLOCK_ELEMENTS", 1)
+    """Segments begin and end anywhere in a lane, and go over the edges of lanes and blocks."""
+    monkeypatch.setattr(scan_module, "STEP_ELEMENTS", 3 * 2 * lanes)
+    monkeypatch.setattr(scan_module, "BLOCK_ELEMENTS", 3 * 2 * lanes * steps)
     segments = Segments(lengths)
-    tensors = inputs(segments, channels=130, states=2)
+    tensors = inputs(segments, channels=3, states=2)
     agree(selective_scan_chunked, selective_scan_reference, tensors, {"segments": segments})
 
 
