@@ -324,6 +324,8 @@ class _Reader:
 
     def layers(self) -> tuple[Layer, ...]:
         count = self.count("num_hidden_layers")
+        if count < 1:
+            raise ConfigError("a model needs at least one layer, num_hidden_layers says none")
         if PLAN_KEY in self.keys:
             return _read_plan(self.keys[PLAN_KEY], count)
         window, kv_from = self.keys.get("sliding_window"), self.kv_from(count)

@@ -240,7 +240,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "global and window": ({"kv_reuse_group": [[0, 1]]}, "must not mix window and global"),
     "layer in two groups": ({"kv_reuse_group": [[1, 2], [4, 2]]}, "in two groups"),
     "consumer as producer": ({"kv_reuse_group": [[4, 5], [5, 6]]}, "has none of its own"),
-    "layer not there": ({"kv_reuse_group": [[1, 8]]}, "layer 8 does not exist"),
+    "layer not there": ({"kv_reuse_group": [[1, 8]]}, "layer 8, which does not exist"),
     "producer not there": ({"kv_reuse_group": [[-1, 2]]}, "layer -1, which does not exist"),
     "groups that are a number": ({"kv_reuse_group": 3}, "kv_reuse_group"),
     "a group that is a number": ({"kv_reuse_group": [1, 2]}, "kv_reuse_group"),

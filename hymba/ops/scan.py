@@ -41,7 +41,7 @@ from hymba.ops.segments import Segments
 
 # Elements (lanes x states x channels) of one step, enough to hide the cost of a torch call and
 # little enough for a second-level cache, and of one block, of which a walk holds three.
-STEP_ELEMENTS = 1 << 15
+STEP_ELEMENTS = 1 << 16
 BLOCK_ELEMENTS = 1 << 20
 
 

@@ -15,7 +15,7 @@ from hymba.presets import hymba, llama
 from hymba.train import Schedule, TrainConfig
 
 VOCABULARY = 4096
-STEPS = 300
+STEPS = 350
 
 
 def hybrid(vocab_size: int = VOCABULARY) -> Config:
@@ -41,15 +41,15 @@ def attention_only(vocab_size: int = VOCABULARY) -> Config:
 
 
 def run(folder: Path, steps: int = STEPS) -> TrainConfig:
-    """2048 tokens a step; the held-out files are looked at four times."""
+    """1024 tokens a step; held-out files are looked at half way and at the end."""
     return TrainConfig(
         folder=folder,
         steps=steps,
-        rows=8,
+        rows=4,
         sequence_length=256,
-        schedule=Schedule(peak=4e-3, warmup=0.05, decay=0.3),
-        held_out_every=max(1, steps // 4),
-        held_out_tokens=32768,
+        schedule=Schedule(peak=3e-3, warmup=0.05, decay=0.3),
+        held_out_every=max(1, steps // 2),
+        held_out_tokens=min(32768, 1024 * steps),
         save_every=max(1, steps // 6),
         log_every=max(1, min(10, steps // 10)),
     )
