@@ -185,6 +185,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_usable_checkpoint(
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)],
         cwd=root,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # its context would not survive a fork
         capture_output=True,
         text=True,
         timeout=60,
