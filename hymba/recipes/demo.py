@@ -15,7 +15,7 @@ from hymba.presets import hymba, llama
 from hymba.train import Schedule, TrainConfig
 
 VOCABULARY = 4096
-STEPS = 350
+STEPS = 300
 
 
 def hybrid(vocab_size: int = VOCABULARY) -> Config:
