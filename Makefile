@@ -14,11 +14,11 @@ ARGS ?=
 BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 
-# Half the cores as workers and two threads each: torch's own default of a thread a core makes
-# small products wait for stragglers. More than 8 workers would only cost memory.
+# A worker a core, one thread each: on tiny tensors a second thread only waits for the first. More
+# than 8 workers would only cost memory.
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-WORKERS ?= $(shell n=$$(( $(CORES) / 2 )); echo $$(( n < 1 ? 1 : n > 8 ? 8 : n )))
-THREADS ?= $(shell n=$$(( $(CORES) / $(WORKERS) )); echo $$(( n < 1 ? 1 : n > 4 ? 4 : n )))
+WORKERS ?= $(shell echo $$(( $(CORES) > 8 ? 8 : $(CORES) )))
+THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
