@@ -199,7 +199,7 @@ def _plot_mask(axes: object, config: Config) -> None:
     seen = visible(text, text, window).int()  # (T, T)
     meta = torch.full((len(text), config.meta_tokens), 2)
     colours = ListedColormap(["#f2f2f2", "#1f77b4", "#ff7f0e"])
-    axes.imshow(torch.cat([meta, seen], dim=1), cmap=colours, interpolation="nearest")  # type: ignore[attr-defined]
+    axes.imshow(torch.cat([meta, seen], dim=1).numpy(), cmap=colours, interpolation="nearest")  # type: ignore[attr-defined]
     axes.set(  # type: ignore[attr-defined]
         title=f"mask of a window layer: {config.meta_tokens} meta tokens, {window} back",
         xlabel="key (meta tokens, then text)",

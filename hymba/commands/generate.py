@@ -60,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
     if not options.prompts:
         raise UserError('no prompt given: hymba generate MODEL "some text"')
     prompts = [sys.stdin.read() if p == "-" else p for p in options.prompts]
+    if not all(prompts):
+        raise UserError(f"prompt {prompts.index('')} is empty: give some text to continue")
     import torch
 
     from hymba.engine import Sampling
