@@ -146,7 +146,11 @@ def _reuse(folder: Path) -> bool:
     if not sys.stdin.isatty():
         print(f"{folder} holds a demo: going on with it (--fresh starts anew)")
         return True
-    answer = input(f"{folder} holds a demo. Go on with it, reusing what is done? [Y/n] ")
+    try:
+        answer = input(f"{folder} holds a demo. Go on with it, reusing what is done? [Y/n] ")
+    except EOFError:  # Ctrl-D is no wish to lose anything
+        answer = ""
+        print()
     return answer.strip().lower() not in ("n", "no")
 
 
