@@ -26,6 +26,7 @@ from hymba.config import Config
 from hymba.errors import UserError
 from hymba.hub import find
 from hymba.model.decoder import LanguageModel
+from hymba.tokenizer import TOKENIZER_FILES
 
 # (official, ours): parts of tensor names. Official names start with "model.", ours "decoder.".
 OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
@@ -49,16 +50,7 @@ OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
     (".mamba.D.0", ".mixer.ssm.D"),
 )
 # Files beside the weights that belong to a checkpoint and travel with it.
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "LICENSE",
-)
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_CARD = """---
 library_name: hymba
@@ -243,16 +235,17 @@ def _compare(
         if found[name] != wanted[name]
     ]
     parts = [
-        f"missing {_some(map(to_official, missing))}" if missing else "",
-        f"not expected {_some(map(to_official, extra))}" if extra else "",
-        _some(shapes) if shapes else "",
+        f"missing {some(map(to_official, missing))}" if missing else "",
+        f"not expected {some(map(to_official, extra))}" if extra else "",
+        some(shapes) if shapes else "",
     ]
     if any(parts):
         faults = "; ".join(filter(None, parts))
         raise WeightsError(f"{folder}: tensors do not fit config.json: {faults}")
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def some(names: Iterable[str], most: int = 8) -> str:
+    """Names for one line: the first few, and how many more."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from hymba.errors import UserError
-
-IGNORED = -100  # the label that counts nowhere, in all of transformers
+from hymba.ops import IGNORE
 
 
 class InputError(UserError):
@@ -84,10 +83,10 @@ class Columns:
             )
         shifted = self.flat(labels).roll(-1)
         ends = torch.tensor(self.lengths, device=labels.device).cumsum(0) - 1
-        shifted[ends] = IGNORED
+        shifted[ends] = IGNORE
         if self.text is None:
             return shifted.view(self.batch, self.width)
-        return torch.full_like(labels, IGNORED).masked_scatter(self.text, shifted)
+        return torch.full_like(labels, IGNORE).masked_scatter(self.text, shifted)
 
 
 def read(

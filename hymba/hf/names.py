@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from hymba.weights import WeightsError, to_official, to_ours
+from hymba.weights import WeightsError, some, to_official, to_ours
 
 MODULE = "model.decoder."
 
@@ -85,9 +85,6 @@ def refuse_misfit(report: Mapping[str, Any], where: str, misshaped_is_fine: bool
         raise WeightsError(f"{where}: tensors do not fit the model: {told}")
 
 
-def _fault(what: str, names: Iterable[str], most: int = 8) -> str:
-    listed = list(names)
-    if not listed:
-        return ""
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return f"{what} {', '.join(listed[:most])}{more}"
+def _fault(what: str, names: Iterable[str]) -> str:
+    told = some(names)
+    return f"{what} {told}" if told else ""

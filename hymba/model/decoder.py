@@ -156,7 +156,7 @@ class LanguageModel(nn.Module):
         """Cross-entropy in nats of hidden (N, D) against labels (N), -100 left out; "mean" or
         "sum". Never holds (N, V) for backward."""
         total = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels)
-        return total if reduction == "sum" else total / (labels != -100).sum().clamp(min=1)
+        return total if reduction == "sum" else total / (labels != ops.IGNORE).sum().clamp(min=1)
 
     def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:
         return self.decoder.new_cache(slots, state_dtype)

@@ -14,10 +14,12 @@ from hymba.ops import loss as _loss
 from hymba.ops import scan as _scan
 from hymba.ops.attention import Meta, Past
 from hymba.ops.backend import backend
+from hymba.ops.loss import IGNORE
 from hymba.ops.norm import fuse_heads, rms_norm
 from hymba.ops.segments import Segments
 
 __all__ = [
+    "IGNORE",
     "Meta",
     "Past",
     "Segments",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba.hf.columns import IGNORED, Columns, InputError, read
+from hymba.hf.columns import Columns, InputError, read
+from hymba.ops import IGNORE
 
 CPU = torch.device("cpu")
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 0]])  # left padding; a hole and right padding
@@ -43,7 +44,7 @@ def test_no_padding_costs_nothing() -> None:
 def test_targets_stay_inside_a_sequence() -> None:
     labels = torch.arange(10).view(2, 5)
     padded = of(2, 5, attention_mask=MASK).targets(labels)
-    no = IGNORED
+    no = IGNORE
     assert padded.tolist() == [[no, no, 3, 4, no], [6, 8, no, no, no]]
     packed = of(1, 5, position_ids=POSITIONS).targets(labels[:1])
     assert packed.tolist() == [[1, 2, no, 4, no]]
