@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12 make test      use another Python (3.11 or newer)
 #   make test ARGS="-k cache -x"     arguments for pytest; `make demo ARGS=...` for `hymba demo`
+#   make test-gpu GPU_PYTHON=python3     the kernels' tests, with a Python that has torch and pytest
 #
 # On Linux, plain `pip install torch` brings several GB of CUDA libraries. For a CPU-only install:
 #
@@ -22,17 +23,25 @@ THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check wheel clean
+.PHONY: help demo test test-gpu check wheel clean
 
 help:  ## list the targets
 	@echo "hymba: make TARGET"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.plot  ## make the environment, train a small model on this machine, show results
 	@$(BIN)/hymba demo $(ARGS)
 
 test: $(VENV)/.dev  ## make the environment and run the tests
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# One process: the tests share the device. GPU_PYTHON is for machines whose torch is their own.
+GPU_PYTHON ?=
+GPU_BIN := $(or $(GPU_PYTHON),$(BIN)/python)
+
+test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev)  ## the tests that need a CUDA device
+	@$(GPU_BIN) -c '$(NEED_CUDA)'
+	$(GPU_BIN) -m pytest -m gpu $(ARGS)
 
 check: $(VENV)/.dev  ## linter, formatter and type checker
 	$(BIN)/ruff check .
@@ -51,6 +60,9 @@ clean:  ## remove the environment, builds and caches (not runs/)
 
 NEED_311 := import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
   "hymba needs Python 3.11 or newer and $(PYTHON) is %d.%d: try PYTHON=python3.12 make" % v[:2])
+
+NEED_CUDA := import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+  "make test-gpu: no CUDA device (torch %s of $(GPU_BIN) sees none)" % torch.__version__)
 
 # A Python that was asked for and is not the one in .venv: make .venv anew.
 ifneq "$(origin PYTHON)" "file"

@@ -128,7 +128,10 @@ class HybridMixer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x += mixer(norm(x)); x += mlp(norm(x))."""
+    """Pre-norm residual block: x += mixer(norm(x)); x += mlp(norm(x)).
+
+    The second norm is one op with the addition before it, so its module gives only the weight: like
+    the norms of the two branches it is never called, and hooks on it do not run."""
 
     def __init__(self, config: Config, layer: Layer):
         super().__init__()
@@ -147,7 +150,8 @@ class Block(nn.Module):
         producer: Left | None = None,
     ) -> tuple[Tensor, Left]:
         out, left = self.mixer(self.input_norm(x), rope, batch, before, producer)
-        x = x + out
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.mlp(self.mlp_norm(x))
-        return x, left
+        if self.mlp is None or self.mlp_norm is None:
+            return x + out, left
+        norm = self.mlp_norm
+        normed, x = ops.add_rms_norm(x, out, norm.weight, norm.eps)
+        return x + self.mlp(normed), left

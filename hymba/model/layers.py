@@ -43,7 +43,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(F.relu(self.up_proj(x)).square())
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def rope_tables(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,4 @@ def rope_tables(positions: Tensor, width: int, base: float) -> tuple[Tensor, Ten
 
 def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (i, i + width/2) of x (N, heads, width) by their position's angles."""
-    cos, sin = tables
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+    return ops.rotate(x, *tables)

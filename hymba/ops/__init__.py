@@ -6,16 +6,14 @@ between them and faster ones, so nobody else asks what device it is on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from hymba.ops import attention as _attention
-from hymba.ops import conv as _conv
-from hymba.ops import loss as _loss
-from hymba.ops import scan as _scan
+import hymba.ops.swiglu  # noqa: F401  before the function of that name, or it would replace it
 from hymba.ops.attention import Meta, Past
-from hymba.ops.backend import backend
+from hymba.ops.backend import twin
 from hymba.ops.loss import IGNORE
-from hymba.ops.norm import fuse_heads, rms_norm
 from hymba.ops.segments import Segments
 
 __all__ = [
@@ -23,12 +21,16 @@ __all__ = [
     "Meta",
     "Past",
     "Segments",
+    "add_rms_norm",
     "attention",
     "causal_conv",
     "fuse_heads",
     "linear_cross_entropy",
     "rms_norm",
+    "rms_norms",
+    "rotate",
     "selective_scan",
+    "swiglu",
 ]
 
 
@@ -42,8 +44,7 @@ def attention(
     past: Past | None = None,
 ) -> Tensor:
     """q (N, H, h), k (N, G, h), v (N, G, e) -> (N, H, e); see hymba.ops.attention."""
-    reference = backend(q.device.type) == "reference"
-    op = _attention.attention_reference if reference else _attention.attention
+    op = twin("attention", "attention", q)
     return op(q, k, v, segments, window, meta, past)
 
 
@@ -55,8 +56,7 @@ def causal_conv(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (N, E), weight (E, K) -> silu(conv) (N, E), last inputs (S, K-1, E)."""
-    reference = backend(x.device.type) == "reference"
-    op = _conv.causal_conv_reference if reference else _conv.causal_conv
+    op = twin("causal_conv", "conv", x)
     return op(x, weight, bias, segments, initial_state)
 
 
@@ -73,16 +73,46 @@ def selective_scan(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """u, dt, z (N, E); A (E, n); B, C (N, n) -> y (N, E), states (S, E, n)."""
-    inputs = (u, dt, A, B, C, D, z, dt_bias)
-    if backend(u.device.type) == "reference":
-        return _scan.selective_scan_reference(*inputs, segments, initial_state)
-    if segments.uniform == 1 and initial_state is not None:
-        return _scan.scan_step(*inputs, initial_state)
-    return _scan.selective_scan_chunked(*inputs, segments, initial_state)
+    op = twin("selective_scan", "scan", u)
+    return op(u, dt, A, B, C, D, z, dt_bias, segments, initial_state)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """hidden (N, D), weight (V, D), labels (N), -100 left out -> the sum of losses in nats."""
-    reference = backend(hidden.device.type) == "reference"
-    op = _loss.linear_cross_entropy_reference if reference else _loss.linear_cross_entropy
+    op = twin("linear_cross_entropy", "loss", hidden)
     return op(hidden, weight, labels)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., D), weight (D) -> (..., D)."""
+    return twin("rms_norm", "norm", x)(x, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x, residual (..., D) -> rms_norm(x + residual), x + residual."""
+    return twin("add_rms_norm", "norm", x)(x, residual, weight, eps)
+
+
+def rms_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """x (N, D1 + D2 + ...), weights (D1), (D2), ... -> each slice's norm (N, D1), (N, D2), ..."""
+    return twin("rms_norms", "norms", x)(x, weights, eps)
+
+
+def fuse_heads(
+    attention: Tensor, ssm: Tensor, attention_weight: Tensor, ssm_weight: Tensor, eps: float
+) -> Tensor:
+    """Mean of the two normed branches, all (N, E)."""
+    op = twin("fuse_heads", "norm", attention)
+    return op(attention, ssm, attention_weight, ssm_weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all (..., F)."""
+    return twin("swiglu", "swiglu", gate)(gate, up)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (i, i + width/2) of x (N, heads, width), turned; cos, sin (N, 1, width/2)."""
+    return twin("rotate", "rotary", x)(x, cos, sin)

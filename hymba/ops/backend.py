@@ -1,28 +1,78 @@
 """Which implementation serves an op, chosen once a device and said once.
 
+    "triton"      GPU kernels, `<op>_triton.py` (the default on NVIDIA GPUs from Ampere on)
+    "torch"       plain PyTorch, fast on a CPU and correct on any device (the default elsewhere)
     "reference"   the slow and obvious twin, for checking
-    "torch"       plain PyTorch, fast on a CPU and correct on any device (the default)
 
-HYMBA_BACKEND=reference overrides. GPU kernels are a third name here when they come; a device
-without them (Apple, AMD, older NVIDIA) keeps "torch" and is told so once.
+HYMBA_BACKEND overrides. Kernels keep float32 sums, so float64 tensors always go to plain PyTorch.
+On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
-BACKENDS = ("torch", "reference")
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "torch", "reference")
 log = logging.getLogger("hymba")
 
 
 @cache
 def backend(device_type: str) -> str:
     """The backend for tensors on such a device ("cpu", "cuda", "mps")."""
-    asked = os.environ.get("HYMBA_BACKEND", "torch")
+    missing = _no_kernels(device_type)
+    asked = os.environ.get("HYMBA_BACKEND")
+    if asked is None:
+        if missing and device_type != "cpu":
+            log.warning("hymba: no kernels for %s (%s); using plain PyTorch", device_type, missing)
+        return "torch" if missing or device_type == "cpu" else "triton"
     if asked not in BACKENDS:
         raise ValueError(f"HYMBA_BACKEND={asked!r} is not one of {', '.join(BACKENDS)}")
-    if device_type != "cpu":
-        log.warning("hymba: no kernels for %s in this version; using plain PyTorch", device_type)
+    if asked == "triton" and missing:
+        raise ValueError(f"HYMBA_BACKEND=triton: no kernels for {device_type} ({missing})")
     return asked
+
+
+def _no_kernels(device_type: str) -> str:
+    """Why there are none for a device; empty where there are."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if interpreted else "only in Triton's interpreter, TRITON_INTERPRET=1"
+    if device_type != "cuda" or torch.version.hip:
+        return "they were written for NVIDIA GPUs"
+    return "" if torch.cuda.get_device_capability() >= (8, 0) else "it is older than Ampere"
+
+
+def twin(op: str, file: str, x: Tensor) -> Callable[..., Any]:
+    """The implementation of `op` (in ops/<file>.py and its twins) for tensors such as x."""
+    return _twin(op, file, x.device.type, x.dtype == torch.float64)
+
+
+@cache
+def _twin(op: str, file: str, device_type: str, double: bool) -> Callable[..., Any]:
+    chosen = backend(device_type)
+    if chosen == "triton" and double:
+        chosen = "torch"
+    where = f"hymba.ops.{file}_triton" if chosen == "triton" else f"hymba.ops.{file}"
+    module = importlib.import_module(where)
+    plain = getattr(module, op)
+    # An op with one plain form (a norm) is its own reference.
+    return getattr(module, f"{op}_reference", plain) if chosen == "reference" else plain
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run a Triton kernel on the device of its first argument, whichever is the current one."""
+    x = args[0]
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[grid](*args, **meta)

@@ -71,6 +71,25 @@ def selective_scan_reference(
     return _finish(torch.stack(rows), x, D, z, u.dtype), torch.stack(final)
 
 
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    segments: Segments,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `selective_scan_reference`: one step where every segment is one row, else chunks."""
+    inputs = (u, dt, A, B, C, D, z, dt_bias)
+    if segments.uniform == 1 and initial_state is not None:
+        return scan_step(*inputs, initial_state)
+    return selective_scan_chunked(*inputs, segments, initial_state)
+
+
 def selective_scan_chunked(
     u: Tensor,
     dt: Tensor,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
@@ -56,5 +56,26 @@ class Segments:
         return iter(zip(self.starts, self.lengths, strict=True))
 
     def offsets(self, device: torch.device | str) -> Tensor:
-        """(S + 1,) int32 row offsets, as kernels read them."""
-        return torch.tensor([*self.starts, self.total], dtype=torch.int32, device=device)
+        """(S + 1,) int32 row offsets, as kernels read them; kept, so not to be written to."""
+        return _offsets(self.lengths, torch.device(device))
+
+    def owners(self, device: torch.device | str) -> Tensor:
+        """(N,) int32 segment of each row; kept, so not to be written to."""
+        return _owners(self.lengths, torch.device(device))
+
+
+# A step of every layer asks for the same tables: they cross to the device once.
+# No inference tensors, which autograd would refuse to keep.
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    ends = accumulate(lengths, initial=0)
+    return torch.tensor(list(ends), dtype=torch.int32).to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _owners(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    segments = torch.arange(len(lengths), dtype=torch.int32)
+    return segments.repeat_interleave(counts).to(device)

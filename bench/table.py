@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""The README's figures of a GPU, written from results/ops-*, train-* and prefill-*.json.
+
+    python -m bench.table            writes them between the two markers in README.md
+    python -m bench.table --check    says whether they are what the results say (1 if not)
+
+Nobody types these figures; tests/bench/test_table.py keeps README and results equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- from results/, by bench/table.py -->", "<!-- end of bench/table.py -->"
+PEERS = {
+    "mamba-ssm": "mamba-ssm",
+    "flex": "FlexAttention",
+    "sdpa": "SDPA",
+    "torch": "plain PyTorch",
+    "torch, chunks": "plain PyTorch",
+}
+# What a row of the table is called: op and the beginning of its size.
+SHOWN = (
+    ("selective scan", "scan", ("8 x 2048", "1 x 8192", "4 x 8192", "1 x 32768")),
+    ("convolution", "conv", ("8 x 2048",)),
+    ("attention", "attention", ("1 x 8192, ", "8 x 2048, ", "1 x 2048 behind ")),
+    ("attention, decode", "attention decode", ("batch 1, full", "batch 16, full", "batch 128, ")),
+    ("SSM, decode", "SSM decode", ("batch 1", "batch 16", "batch 128")),
+    ("RMSNorm", "rms_norm", ("",)),
+    ("residual + RMSNorm", "add_rms_norm", ("",)),
+    ("head fusion", "fuse_heads", ("",)),
+    ("SwiGLU", "swiglu", ("",)),
+    ("rotary", "rotate", ("",)),
+    ("linear + cross-entropy", "linear + CE", ("",)),
+)
+PASSES = {"forward": "forward", "backward": "backward", "inference": "", "both": "both"}
+
+
+def found(folder: Path, benchmark: str) -> Iterator[dict[str, Any]]:
+    """The results of a benchmark, a device each, in the order of their names."""
+    for path in sorted(folder.glob(f"{benchmark}-*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("benchmark") == benchmark:  # hymba-made files only
+            yield data | {"file": f"results/{path.name}"}
+
+
+def generate(folder: Path) -> str:
+    """Everything between the markers."""
+    makers: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+        ("ops", ops_table),
+        ("train", train_table),
+        ("prefill", prefill_table),
+    )
+    parts = [make(data) for name, make in makers for data in found(folder, name)]
+    return "\n\n".join(parts) if parts else "No results of a GPU are kept here."
+
+
+def headed(data: Mapping[str, Any], what: str) -> str:
+    limits = data["ceilings"]
+    return (
+        f"**{what}** on one {data['device']} (driver {data['driver']}, torch {data['torch']}, "
+        f"{data['date'][:10]}; limits measured in the same run: "
+        f"{limits['copy_bytes_per_s'] / 1e12:.2f} TB/s copied, "
+        f"{limits['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s in bf16 matrix products, "
+        f"{limits['exps_per_s'] / 1e12:.2f} T exponentials/s; [{data['file']}]({data['file']})):"
+    )
+
+
+def ops_table(data: Mapping[str, Any]) -> str:
+    lines = [
+        headed(data, "Kernels, bfloat16"),
+        "",
+        "| op | size | pass | ms | rate | of the limit | best peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, op, sizes in SHOWN:
+        rows = [row for row in data.get("results", []) if row["op"] == op and "ms" in row]
+        trained = {row["size"] for row in rows if row["pass"] == "forward"}
+        for row in rows:
+            again = row["pass"] == "inference" and row["size"] in trained  # forward says it
+            if row["size"].startswith(sizes) and not again:
+                lines.append(ops_row(title, row))
+    return "\n".join(lines)
+
+
+def ops_row(title: str, row: Mapping[str, Any]) -> str:
+    compute = row["limit"] == "FLOPs"
+    rate = f"{row['tflop_per_s']:.0f} TFLOP/s" if compute else f"{row['gb_per_s']:,.0f} GB/s"
+    size = row["size"].replace(" x ", "×")
+    share = f"{row['share']:.0%} ({row['limit']})"
+    cells = [title, size, PASSES[row["pass"]], f"{row['ms']:.3g}", rate, share, best_peer(row)]
+    return f"| {' | '.join(cells)} |"
+
+
+def best_peer(row: Mapping[str, Any]) -> str:
+    """The fastest of the others, and its time over ours."""
+    if not row["peers"]:
+        return ""
+    name = min(row["peers"], key=lambda peer: row["peers"][peer]["ms"])
+    peer = row["peers"][name]
+    return f"{PEERS.get(name, name)} {peer['ms']:.3g} ({peer['times']:.1f}×)"
+
+
+def train_table(data: Mapping[str, Any]) -> str:
+    what = f"A training step of {data['model']}, {data['rows']}×{data['length']} tokens, bfloat16,"
+    lines = [
+        headed(data, what),
+        "",
+        "| | ms | tokens a second | MFU | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in data.get("results", []):
+        figures = f"{row['ms']:.0f} | {row['tokens_per_s']:,} | {row['mfu']:.1%}"
+        lines.append(f"| {row['name']} | {figures} | {row['peak_gib']:.0f} GiB |")
+    lines += ["", f"Forward and backward; fused AdamW takes {optimiser(data)} more."]
+    return "\n".join(lines)
+
+
+def optimiser(data: Mapping[str, Any]) -> str:
+    ms = data.get("optimiser_ms")
+    return "an unmeasured time" if ms is None else f"{ms:.0f} ms"
+
+
+def prefill_table(data: Mapping[str, Any]) -> str:
+    what = f"A prompt of {data['tokens']} tokens through {data['model']}, bfloat16,"
+    lines = [headed(data, what), "", "| | ms | tokens a second | MFU |", "|---|---|---|---|"]
+    for row in data.get("results", []):
+        figures = f"{row['ms']:.1f} | {row['tokens_per_s']:,} | {row['mfu']:.1%}"
+        lines.append(f"| {row['name']} | {figures} |")
+    return "\n".join(lines)
+
+
+def placed(text: str, table: str) -> str:
+    """The document with the table between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"README.md needs the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench/table.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="their folder")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the document")
+    options = parser.parse_args(argv)
+    text = options.readme.read_text(encoding="utf-8")
+    new = placed(text, generate(options.results))
+    if new == text:
+        return 0
+    if options.check:
+        print("README.md is not what results/ say: python -m bench.table", file=sys.stderr)
+        return 1
+    options.readme.write_text(new, encoding="utf-8")
+    print("README.md: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

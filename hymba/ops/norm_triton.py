@@ -1,0 +1,366 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""RMSNorm, alone and behind a residual, and the fusion of two branches.
+
+What bounds them: bytes. Forward reads and writes each row once; backward reads x and the gradient
+and writes one. How far from it: TODO.
+
+A program holds whole rows in registers, so it sees a row's square sum before it writes anything,
+and backward computes the statistics again instead of keeping them. Roundings are those of the plain
+ops: the normed row is cast to x's dtype and then multiplied by the weight. The weight's gradient
+is a sum over rows: as many programs as the device runs at once walk over the rows and keep one sum
+each, which `add_up` adds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hymba.ops.backend import launch
+from hymba.ops.partials_triton import add_up, processors
+
+
+def tile(width: int, tensors: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program that holds so many tensors' rows of `width`."""
+    columns = triton.next_power_of_2(width)
+    rows = max(1, 2048 // columns)
+    each = 16 if tensors <= 2 else 8  # elements of a tensor a thread holds
+    return rows, columns, min(max(rows * columns // (32 * each), 1), 16)
+
+
+def flat(x: Tensor) -> Tensor:
+    """x (..., D) as (N, D), as a view wherever the kernels can read it."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def walkers(device: torch.device, warps: int, blocks: int) -> int:
+    """Programs of a backward pass: 32 warps for each multiprocessor."""
+    return min(blocks, processors(device) * max(1, 32 // warps))
+
+
+# ---------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def normed(x, eps, D: tl.constexpr):
+    """x (ROWS, COLUMNS) in float32, zero behind column D."""
+    return x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+
+
+@triton.jit
+def through_norm(x, g, eps, D: tl.constexpr):
+    """Normed x, and dL/dx of sum(g * normed x)."""
+    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    shared = (tl.sum(g * x, 1) / D)[:, None] * scale * scale
+    return x * scale, scale * (g - x * shared)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x, added, weight, out, total, rows, stride, added_stride, eps,
+    ADD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    there = (row < rows) & (column < D)
+    v = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
+    kind = x.dtype.element_ty
+    if ADD:
+        v += tl.load(added + row * added_stride + column, mask=there, other=0.0).to(tl.float32)
+        kind = total.dtype.element_ty
+        tl.store(total + row * D + column, v.to(kind), mask=there)
+        v = v.to(kind).to(tl.float32)
+    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    tl.store(out + row * D + column, normed(v, eps, D).to(kind).to(tl.float32) * w, mask=there)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    dout, dtotal, x, weight, dx, parts, rows, dout_stride, dtotal_stride, stride, eps,
+    ADD: tl.constexpr, SUM: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, COLUMNS)[None, :]
+    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        there = (row < rows) & (column < D)
+        v = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
+        g = tl.load(dout + row * dout_stride + column, mask=there, other=0.0).to(tl.float32)
+        y, dv = through_norm(v, g * w, eps, D)
+        if ADD:
+            more = tl.load(dtotal + row * dtotal_stride + column, mask=there, other=0.0)
+            dv += more.to(tl.float32)
+        tl.store(dx + row * D + column, dv, mask=there)
+        if SUM:
+            dweight += g * y
+    if SUM:
+        at = tl.program_id(0) * D + column
+        tl.store(parts + at, tl.sum(dweight, 0)[None, :], mask=column < D)
+
+
+@triton.jit
+def _fuse_kernel(
+    a, b, a_weight, b_weight, out, rows, a_stride, b_stride, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    there = (row < rows) & (column < D)
+    va = tl.load(a + row * a_stride + column, mask=there, other=0.0).to(tl.float32)
+    vb = tl.load(b + row * b_stride + column, mask=there, other=0.0).to(tl.float32)
+    wa = tl.load(a_weight + column, mask=column < D, other=0.0).to(tl.float32)
+    wb = tl.load(b_weight + column, mask=column < D, other=0.0).to(tl.float32)
+    # Every product and the sum are rounded, as in the plain op; halving is exact.
+    kind = out.dtype.element_ty
+    va = (normed(va, eps, D).to(a.dtype.element_ty).to(tl.float32) * wa).to(kind).to(tl.float32)
+    vb = (normed(vb, eps, D).to(b.dtype.element_ty).to(tl.float32) * wb).to(kind).to(tl.float32)
+    tl.store(out + row * D + column, (va + vb).to(kind).to(tl.float32) * 0.5, mask=there)
+
+
+@triton.jit
+def _fuse_backward_kernel(
+    dout, a, b, a_weight, b_weight, da, db, parts, rows, dout_stride, a_stride, b_stride, eps,
+    SUM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, COLUMNS)[None, :]
+    wa = tl.load(a_weight + column, mask=column < D, other=0.0).to(tl.float32)
+    wb = tl.load(b_weight + column, mask=column < D, other=0.0).to(tl.float32)
+    dwa = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dwb = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        there = (row < rows) & (column < D)
+        g = tl.load(dout + row * dout_stride + column, mask=there, other=0.0).to(tl.float32) * 0.5
+        va = tl.load(a + row * a_stride + column, mask=there, other=0.0).to(tl.float32)
+        vb = tl.load(b + row * b_stride + column, mask=there, other=0.0).to(tl.float32)
+        ya, dva = through_norm(va, g * wa, eps, D)
+        tl.store(da + row * D + column, dva, mask=there)
+        yb, dvb = through_norm(vb, g * wb, eps, D)
+        tl.store(db + row * D + column, dvb, mask=there)
+        if SUM:
+            dwa += g * ya
+            dwb += g * yb
+    if SUM:
+        at = tl.program_id(0) * 2 * D + column
+        tl.store(parts + at, tl.sum(dwa, 0)[None, :], mask=column < D)
+        tl.store(parts + at + D, tl.sum(dwb, 0)[None, :], mask=column < D)
+
+
+# ------------------------------------------------------------------------------------- RMSNorm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., D), weight (D) -> (..., D)."""
+    return _rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x, residual (..., D) -> rms_norm(x + residual), x + residual."""
+    return _add_rms_norm(x, residual, weight, eps)
+
+
+@torch.library.custom_op("hymba::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    _norm_rows(x, None, weight, out, None, eps)
+    return out
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+@torch.library.custom_op("hymba::add_rms_norm", mutates_args=())
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, total = _like_sum(x, residual, weight)
+    _norm_rows(x, residual, weight, out, total, eps)
+    return out, total
+
+
+@_add_rms_norm.register_fake
+def _like_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 0) -> tuple[Tensor, Tensor]:
+    kind = torch.promote_types(x.dtype, residual.dtype)
+    out = x.new_empty(x.shape, dtype=torch.promote_types(kind, weight.dtype))
+    return out, x.new_empty(x.shape, dtype=kind)
+
+
+def _norm_rows(
+    x: Tensor, added: Tensor | None, weight: Tensor, out: Tensor, total: Tensor | None, eps: float
+) -> None:
+    D = x.shape[-1]
+    if not x.numel():
+        return
+    rows = flat(x)
+    more = rows if added is None else flat(added)
+    height, columns, warps = tile(D, 2)
+    launch(
+        _rms_norm_kernel, (triton.cdiv(len(rows), height),), rows, more, weight.contiguous(), out,
+        out if total is None else total, len(rows), rows.stride(0), more.stride(0), eps,
+        ADD=added is not None, D=D, ROWS=height, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("hymba::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    dout: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float, want_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """dx and, where wanted, dweight; x is the sum where there was one."""
+    D = x.shape[-1]
+    dx = x.new_empty(x.shape)
+    if not x.numel():
+        return dx, torch.zeros_like(weight)
+    rows, g = flat(x), flat(dout)
+    more = g if dtotal is None else flat(dtotal)
+    height, columns, warps = tile(D, 3)
+    programs = walkers(x.device, warps, triton.cdiv(len(rows), height))
+    parts = x.new_empty((programs if want_weight else 0, D), dtype=torch.float32)
+    launch(
+        _rms_norm_backward_kernel, (programs,), g, more, rows, weight.contiguous(), dx, parts,
+        len(rows), g.stride(0), more.stride(0), rows.stride(0), eps,
+        ADD=dtotal is not None, SUM=want_weight,
+        D=D, ROWS=height, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+    return dx, add_up(parts, weight.dtype) if want_weight else weight.new_empty(0)
+
+
+@_rms_norm_backward.register_fake
+def _(
+    dout: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float, want_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if want_weight else 0)
+
+
+def _keep_for_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    want = ctx.needs_input_grad[1]
+    dx, dweight = _rms_norm_backward(dout, None, x, weight, ctx.eps, want)
+    return dx, dweight if want else None, None
+
+
+def _keep_for_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, weight, ctx.eps = inputs
+    ctx.kinds = x.dtype, residual.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight)
+
+
+def _add_gradients(
+    ctx: Any, dout: Tensor | None, dtotal: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    total, weight = ctx.saved_tensors
+    d, dweight, want = dtotal, None, ctx.needs_input_grad[2]
+    if dout is not None:
+        d, dweight = _rms_norm_backward(dout, dtotal, total, weight, ctx.eps, want)
+    # One tensor serves both summands.
+    dx, dresidual = (None if d is None else d.to(kind) for kind in ctx.kinds)
+    return dx, dresidual, dweight if want else None, None
+
+
+_rms_norm.register_autograd(_rms_norm_gradients, setup_context=_keep_for_rms_norm)
+_add_rms_norm.register_autograd(_add_gradients, setup_context=_keep_for_add)
+
+
+# ------------------------------------------------------------------------------- head fusion
+
+
+def fuse_heads(
+    attention: Tensor, ssm: Tensor, attention_weight: Tensor, ssm_weight: Tensor, eps: float
+) -> Tensor:
+    """Mean of the two normed branches, all (N, E)."""
+    return _fuse_heads(attention, ssm, attention_weight, ssm_weight, eps)
+
+
+@torch.library.custom_op("hymba::fuse_heads", mutates_args=())
+def _fuse_heads(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float) -> Tensor:
+    out = _like_mean(a, b, a_weight, b_weight)
+    if not a.numel():
+        return out
+    D, rows, others = a.shape[-1], flat(a), flat(b)
+    height, columns, warps = tile(D, 3)
+    launch(
+        _fuse_kernel, (triton.cdiv(len(rows), height),), rows, others, a_weight.contiguous(),
+        b_weight.contiguous(), out, len(rows), rows.stride(0), others.stride(0), eps,
+        D=D, ROWS=height, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@_fuse_heads.register_fake
+def _like_mean(
+    a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float = 0
+) -> Tensor:
+    kinds = (b.dtype, a_weight.dtype, b_weight.dtype)
+    kind = a.dtype
+    for other in kinds:
+        kind = torch.promote_types(kind, other)
+    return a.new_empty(a.shape, dtype=kind)
+
+
+@torch.library.custom_op("hymba::fuse_heads_backward", mutates_args=())
+def _fuse_heads_backward(
+    dout: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_weight: Tensor,
+    b_weight: Tensor,
+    eps: float,
+    want_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """da, db and, where wanted, the weights' gradients (2, E)."""
+    da, db, D = a.new_empty(a.shape), b.new_empty(b.shape), a.shape[-1]
+    if not a.numel():
+        return da, db, a_weight.new_zeros(2, D)
+    rows, others, g = flat(a), flat(b), flat(dout)
+    height, columns, warps = tile(D, 5)
+    programs = walkers(a.device, warps, triton.cdiv(len(rows), height))
+    parts = a.new_empty((programs if want_weights else 0, 2, D), dtype=torch.float32)
+    launch(
+        _fuse_backward_kernel, (programs,), g, rows, others, a_weight.contiguous(),
+        b_weight.contiguous(), da, db, parts, len(rows), g.stride(0), rows.stride(0),
+        others.stride(0), eps, SUM=want_weights, D=D, ROWS=height, COLUMNS=columns,
+        num_warps=warps,
+    )  # fmt: skip
+    return da, db, add_up(parts, a_weight.dtype) if want_weights else a_weight.new_empty(0)
+
+
+@_fuse_heads_backward.register_fake
+def _(
+    dout: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_weight: Tensor,
+    b_weight: Tensor,
+    eps: float,
+    want_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (2, a.shape[-1]) if want_weights else (0,)
+    return a.new_empty(a.shape), b.new_empty(b.shape), a_weight.new_empty(shape)
+
+
+def _keep_for_fusion(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _fusion_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    want = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    da, db, weights = _fuse_heads_backward(dout, *ctx.saved_tensors, ctx.eps, want)
+    return da, db, *(weights.unbind() if want else (None, None)), None
+
+
+_fuse_heads.register_autograd(_fusion_gradients, setup_context=_keep_for_fusion)

@@ -1,0 +1,253 @@
+"""The selective scan in CUDA (scan.cu), compiled at run time by NVRTC through cuda-core.
+
+Optional: where cuda-core is missing, or sizes are ones the source was not written for, `supports`
+says no and the Triton twin serves. Compiling takes seconds, once a process, dtype and size.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache, lru_cache
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hymba.ops.segments import Segments
+
+TILE = 32  # rows between saved states, as in scan.cu
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Plan(NamedTuple):
+    """How a launch cuts the work: see `Shape` in scan.cu."""
+
+    jn: int = 4  # a thread's states of a channel
+    je: int = 2  # its channels
+    warps: int = 1  # of a block
+    blocks: int = 12  # on a multiprocessor: caps the registers
+    tiles: int = 1 << 20  # of a piece; more than there are: not cut
+
+    def channels(self, n: int) -> int:
+        """Of a block."""
+        return self.warps * 32 * self.jn // n * self.je
+
+    def shape(self, n: int) -> str:
+        return f"{n},{self.jn},{self.je},{self.warps},{self.blocks}"
+
+
+@cache
+def present() -> bool:
+    """Whether cuda-core and NVRTC can be used; HYMBA_SCAN=triton says no."""
+    if os.environ.get("HYMBA_SCAN") == "triton":
+        return False
+    return find_spec("cuda") is not None and find_spec("cuda.core") is not None
+
+
+def supports(u: Tensor, states: int) -> bool:
+    """Whether the source serves such tensors (pairs of channels, 8 or 16 states)."""
+    return (
+        u.is_cuda and u.dtype in TYPES and states in (8, 16) and u.shape[1] % 2 == 0 and present()
+    )
+
+
+def pairs(x: Tensor) -> Tensor:
+    """x (N, X) with its columns together and every row where a pair of elements may start."""
+    aligned = x.data_ptr() % (2 * x.element_size()) == 0 and x.stride(0) % 2 == 0
+    return x if x.stride(1) == 1 and aligned else x.contiguous()
+
+
+class Tables(NamedTuple):
+    """Where things lie, (S + 1,) and (pieces,) int32: saved states, pieces, and their segments."""
+
+    first_tile: Tensor
+    first_piece: Tensor
+    owner: Tensor
+    tiles: int
+    pieces: int
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def tables(lengths: tuple[int, ...], piece_tiles: int, device: torch.device) -> Tables:
+    """Segments cut in tiles of TILE rows, and in pieces of so many tiles."""
+    tiles = -(-torch.tensor(lengths) // TILE)
+    pieces = -(-tiles // piece_tiles)
+    owner = torch.arange(len(lengths)).repeat_interleave(pieces)
+    first = [torch.cat([x.new_zeros(1), x.cumsum(0)]) for x in (tiles, pieces)]
+    rows = [x.to(torch.int32).to(device) for x in (*first, owner)]
+    return Tables(*rows, tiles=int(tiles.sum()), pieces=len(owner))
+
+
+def forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    segments: Segments,
+    state: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, E), final (S, E, n) and, to `save` for backward, the state before every TILE rows."""
+    channels, n, count = u.shape[1], A.shape[1], segments.count
+    plan = forward_plan(segments, channels)
+    table = tables(segments.lengths, plan.tiles, u.device)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    final = u.new_empty(count, channels, n, dtype=torch.float32)
+    saved = final.new_empty(table.tiles if save else 0, channels, n)
+    cut = table.pieces if table.pieces > count else 0
+    ends, sums = final.new_empty(cut, channels, n), final.new_empty(cut, channels)
+    stride = 0 if state is None or state.shape[0] == 1 else channels * n
+    tabs = (segments.offsets(u.device), *table[:3], np.int32(plan.tiles))
+    args = (*_inputs(u, dt, z, B, C, A, D, dt_bias), state, np.int64(stride), *tabs, ends, sums)
+    grid = (-(-channels // plan.channels(n)), table.pieces, 1)
+    for mode in ([2] if cut else []) + [int(save)]:
+        name = f"scan_forward<{TYPES[u.dtype]},{plan.shape(n)},{mode}>"
+        _launch(name, grid, plan.warps * 32, 0, u.device, *args, y, final, saved)
+    return y, final, saved
+
+
+def forward_plan(segments: Segments, channels: int) -> Plan:
+    """Cut in time where sequences are too few to fill the chip."""
+    return Plan()
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    segments: Segments,
+    saved: Tensor,
+    want_state: bool,
+) -> tuple[Tensor, ...]:
+    """du, ddt, dA, dB and dC side by side, dD, dz, dbias; dstate (S, E, n), or (0, E, n) where nobody wants it.
+
+    Sums over rows and over channels are float32 and always added in one order."""
+    (rows, channels), n, count = u.shape, A.shape[1], segments.count
+    back, main = backward_plan(segments, channels)
+    table = tables(segments.lengths, main.tiles, u.device)
+    offsets, dy, dfinal = segments.offsets(u.device), pairs(dy), dfinal.contiguous()
+    given, kind = _inputs(u, dt, z, B, C, A, D, dt_bias), TYPES[u.dtype]
+    behind = (dy, np.int64(dy.stride(0)), dfinal)
+    cut = table.pieces if table.pieces > count else 0
+    starts, sums = dfinal.new_empty(cut, channels, n), dfinal.new_empty(cut, channels)
+    if cut:
+        name = f"scan_adjoint<{kind},{back.shape(n)}>"
+        tabs = (offsets, table.first_piece, table.owner, np.int32(main.tiles))
+        grid = (-(-channels // back.channels(n)), table.pieces, 1)
+        _launch(name, grid, back.warps * 32, 0, u.device, *given, *behind, *tabs, starts, sums)
+    du, ddt, dz = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(3))
+    width = main.channels(n)
+    across = -(-channels // width)
+    dBC = dfinal.new_empty(across, rows, 2 * n)
+    dA = dfinal.new_empty(table.pieces, channels, n)
+    dD, dbias = dfinal.new_empty(2, table.pieces, channels)
+    dstate = dfinal.new_empty(count if want_state else 0, channels, n)
+    floats = 3 * TILE * width + TILE * 2 * n + TILE // 4 * main.jn * main.je * main.warps * 32
+    name = f"scan_backward<{kind},{main.shape(n)}>"
+    tabs = (offsets, *table[:3], np.int32(main.tiles))
+    outs = (du, ddt, dz, dBC, dA, dD, dbias, dstate if want_state else None)
+    args = (*given, *behind, saved, starts, sums, *tabs, *outs)
+    grid = (across, table.pieces, 1)
+    _launch(name, grid, main.warps * 32, 4 * floats, u.device, *args)
+    return du, ddt, dA.sum(0), dBC.sum(0), dD.sum(0), dz, dbias.sum(0), dstate
+
+
+def backward_plan(segments: Segments, channels: int) -> tuple[Plan, Plan]:
+    """Of the adjoint walk, and of backward itself."""
+    return Plan(4, 2, 2, 6), Plan(4, 2, 4, 3, tiles=16)
+
+
+def _inputs(
+    u: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor, bias: Tensor
+) -> tuple[Any, ...]:
+    """The fields of `Inputs` in scan.cu, in their order."""
+    rows = (u, dt, z, B, C)
+    strides = tuple(np.int64(x.stride(0)) for x in rows)
+    wide = D.dtype == torch.float32 and bias.dtype == torch.float32
+    if not wide:
+        D, bias = D.to(u.dtype), bias.to(u.dtype)
+    flags = wide + 2 * all(_sixteen(x) for x in rows)
+    sizes = (np.int32(u.shape[1]), np.int32(u.shape[0]), np.int32(flags))
+    return (*rows, *strides, A, D, bias, *sizes)
+
+
+def _sixteen(x: Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time."""
+    n = 16 // x.element_size()
+    return x.shape[1] % n == 0 and x.stride(0) % n == 0 and x.data_ptr() % 16 == 0
+
+
+@cache
+def _source() -> str:
+    return files("hymba.ops").joinpath("scan.cu").read_text(encoding="utf-8")
+
+
+@cache
+def _kernel(name: str, shared: int, index: int) -> Any:
+    """The compiled kernel on a device."""
+    from cuda.bindings import driver
+    from cuda.core import Device, Program, ProgramOptions
+
+    device = Device(index)
+    device.set_current()
+    major, minor = device.compute_capability
+    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", ftz=True)
+    built = Program(_source(), "c++", options=options).compile("cubin", name_expressions=(name,))
+    kernel = built.get_kernel(name)
+    if shared > 48 << 10:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, index)
+        if status:
+            raise RuntimeError(f"{name}: {shared} bytes of shared memory refused: {status!r}")
+    return kernel
+
+
+class _Stream:
+    """torch's current stream, as cuda-core knows streams."""
+
+    def __init__(self, pointer: int):
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@cache
+def _stream(pointer: int, index: int) -> Any:
+    from cuda.core import Device
+
+    return Device(index).create_stream(_Stream(pointer))
+
+
+def _launch(
+    name: str, grid: tuple[int, int, int], threads: int, shared: int, device: torch.device, *args: Any
+) -> None:
+    from cuda.core import LaunchConfig, launch
+
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with torch.cuda.device(index):
+        kernel = _kernel(name, shared, index)
+        stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
+        config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
+        launch(stream, config, kernel, *(_pointer(x) for x in args))
+
+
+def _pointer(x: Any) -> Any:
+    if x is None:
+        return 0
+    return x.data_ptr() if isinstance(x, Tensor) else x

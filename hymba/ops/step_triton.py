@@ -1,0 +1,471 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The decode step of a layer's branches as GPU kernels; see `hymba.ops.step` for what they compute.
+
+What bounds them: bytes, of which the SSM states are nearly all (read and written once, 4 bytes a
+number; at 128 rows of 3200 channels and 16 states 52 MB); at few rows the time to start a kernel.
+So one kernel does all that stands between x_proj and the output: the three norms and the small
+product for dt are computed again in every program, from the second-level cache, while its states
+are on their way. How far from it: see the table of the README.
+
+A program has a few rows and a block of channels: its states (rows, channels, n) are, for each row,
+one contiguous piece of memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hymba.ops.backend import launch
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Tiling(NamedTuple):
+    """How `ssm_step` and `state_step` are cut; module-wide so that a benchmark can try others."""
+
+    rows: int = 8
+    channels: int = 16
+    warps: int = 4
+    tiles: int = 4
+    stages: int = 3
+
+
+TILING = Tiling()
+CONV_TILE = 4, 128  # rows and channels of a program
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), exact where exp(x) is small too, and x itself where it is large."""
+    e = tl.exp2(tl.minimum(x, 20.0) * LOG2E)
+    w = 1.0 + e
+    small = w == 1.0
+    log1p = tl.where(small, e, tl.log(w) * (e / tl.where(small, 1.0, w - 1.0)))
+    return tl.where(x > 20.0, x, log1p)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _conv_kernel(
+    x, weight, bias, state, slots, out, S, E,
+    stride_x, stride_s, stride_sk, STRIDE_WE: tl.constexpr, STRIDE_WK: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tiles are (rows, taps, channels); the last tap is the new input, the others are state."""
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
+    row, slot = row[:, None, None], slot[:, None, None]
+    e = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, None, :]
+    tap = tl.arange(0, BLOCK_K)[None, :, None]
+    inside = (row < S) & (e < E)
+    # What does not wait for `slots` is asked for first.
+    w = tl.load(
+        weight + e * STRIDE_WE + tap * STRIDE_WK, mask=(e < E) & (tap < TAPS), other=0.0
+    ).to(tl.float32)  # fmt: skip
+    new = tl.load(x + row * stride_x + e, mask=inside, other=0.0)  # (rows, 1, channels)
+    if BIAS:
+        acc = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros([1, 1, BLOCK], tl.float32)
+    at = state + slot * stride_s + tap * stride_sk + e
+    old = tl.load(at, mask=inside & (tap < TAPS - 1), other=0.0).to(x.dtype.element_ty)
+    inputs = tl.where(tap == TAPS - 1, new.to(tl.float32), old.to(tl.float32))
+    acc += tl.sum(inputs * w, 1)[:, None, :]
+    moved = inside & (tap > 0) & (tap < TAPS)
+    tl.store(at - stride_sk, inputs.to(state.dtype.element_ty), mask=moved)
+    tl.store(out + row * E + e, (acc * _sigmoid(acc)).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_rows(x, weight, WIDTH, eps, dtype: tl.constexpr):
+    """RMSNorm of x (rows, width), zeros behind WIDTH: rounded to dtype before the weight and after
+    it, as `rms_norm` does."""
+    scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
+    normed = (x * scale[:, None]).to(dtype).to(tl.float32)
+    return (normed * weight[None, :]).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _load_rows(x, row, column, stride, mask):
+    at = x + row[:, None] * stride + column[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_vector(x, i, WIDTH):
+    return tl.load(x + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_decays(A, e, n, E, STATES: tl.constexpr):
+    mask = (e < E)[:, None] & (n < STATES)[None, :]
+    return tl.load(A + e[:, None] * STATES + n[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _advance(h, x, dt, A, B, C, D, z):
+    """One step of states h (rows, channels, n) -> those after it, and the gated output; x, dt and
+    z (rows, channels), A (channels, n), B and C (rows, n), D (channels), all in float32."""
+    delta = _softplus(dt)
+    h *= tl.exp2(delta[:, :, None] * (A * LOG2E)[None, :, :])
+    h += (delta * x)[:, :, None] * B[:, None, :]
+    out = tl.sum(h * C[:, None, :], 2) + x * D[None, :]
+    return h, out * z * _sigmoid(z)
+
+
+# In both kernels everything is asked for before anything is waited for, the states last, whose
+# place `slots` has to tell; behind the first wait lie barriers, which no load moves across.
+
+
+@triton.jit(do_not_specialize=["S"])
+def _state_kernel(
+    u, dt, A, B, C, D, z, dt_bias, state, slots, y,
+    S, E, stride_u, stride_dt, stride_B, stride_C, stride_z, stride_s,
+    STATES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, BLOCK_N)
+    slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
+    mask = (row < S)[:, None] & (e < E)[None, :]
+    mask_n = (row < S)[:, None] & (n < STATES)[None, :]
+    b = _load_rows(B, row, n, stride_B, mask_n)
+    c = _load_rows(C, row, n, stride_C, mask_n)
+    step = _load_rows(dt, row, e, stride_dt, mask)
+    x = _load_rows(u, row, e, stride_u, mask)
+    gate = _load_rows(z, row, e, stride_z, mask)
+    bias, skip = _load_vector(dt_bias, e, E), _load_vector(D, e, E)
+    a = _load_decays(A, e, n, E, STATES)
+    at = state + slot[:, None, None] * stride_s + (e[:, None] * STATES + n[None, :])[None, :, :]
+    mask_h = mask[:, :, None] & (n < STATES)[None, None, :]
+    h = tl.load(at, mask=mask_h, other=0.0).to(tl.float32)
+    h, out = _advance(h, x, step + bias[None, :], a, b, c, skip, gate)
+    tl.store(at, h.to(state.dtype.element_ty), mask=mask_h)
+    tl.store(y + row[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["S", "tiles"])
+def _ssm_kernel(
+    u, low, dt_weight, dt_bias, dt_norm, B_norm, C_norm, A, D, z, state, slots, y,
+    S, E, tiles, stride_u, stride_z, stride_s, eps,
+    STRIDE_LOW: tl.constexpr, STRIDE_W: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    weight_dt = _load_vector(dt_norm, r, RANK)
+    weight_b, weight_c = _load_vector(B_norm, n, STATES), _load_vector(C_norm, n, STATES)
+    mask_w = (e < E)[:, None] & (r < RANK)[None, :]
+    w = tl.load(dt_weight + e[:, None] * STRIDE_W + r[None, :], mask=mask_w, other=0.0).to(DOT)
+    bias, skip = _load_vector(dt_bias, e, E), _load_vector(D, e, E)
+    a = _load_decays(A, e, n, E, STATES)
+    channels = (e[:, None] * STATES + n[None, :])[None, :, :]
+    NARROW: tl.constexpr = low.dtype.element_ty
+    first = tl.program_id(1) * tiles * ROWS
+    for start in tl.range(first, tl.minimum(first + tiles * ROWS, S), ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)
+        slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
+        mask = (row < S)[:, None] & (e < E)[None, :]
+        mask_h = mask[:, :, None] & (n < STATES)[None, None, :]
+        at = state + slot[:, None, None] * stride_s + channels
+        h = tl.load(at, mask=mask_h, other=0.0).to(tl.float32)
+        mask_r = (row < S)[:, None] & (r < RANK)[None, :]
+        mask_n = (row < S)[:, None] & (n < STATES)[None, :]
+        row = row.to(tl.int64)
+        thin = _load_rows(low, row, r, STRIDE_LOW, mask_r)
+        b = _load_rows(low + RANK, row, n, STRIDE_LOW, mask_n)
+        c = _load_rows(low + RANK + STATES, row, n, STRIDE_LOW, mask_n)
+        x = _load_rows(u, row, e, stride_u, mask)
+        gate = _load_rows(z, row, e, stride_z, mask)
+        thin = _norm_rows(thin, weight_dt, RANK, eps, NARROW)
+        b = _norm_rows(b, weight_b, STATES, eps, NARROW)
+        c = _norm_rows(c, weight_c, STATES, eps, NARROW)
+        dt = tl.dot(thin.to(DOT), tl.trans(w), input_precision="ieee")  # (rows, channels)
+        dt = dt.to(NARROW).to(tl.float32)
+        h, out = _advance(h, x, dt + bias[None, :], a, b, c, skip, gate)
+        tl.store(at, h.to(state.dtype.element_ty), mask=mask_h)
+        tl.store(y + row[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _turned(x, row_at, cos, sin, head, pair, mask, stride_h, HALF: tl.constexpr):
+    """Both halves (heads, h/2) of the heads of one row, turned."""
+    at = x + row_at + head[:, None] * stride_h + pair[None, :]
+    first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _rope_kernel(
+    q, k, v, cos, sin, store_k, store_v, slots, places, q_out, k_out,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_cos, stride_sin,
+    stride_sk, stride_skg, stride_skp, stride_sv, stride_svg, stride_svp,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BLOCK_P)
+    there = pair < HALF
+    c = tl.load(cos + row * stride_cos + pair, mask=there, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + row * stride_sin + pair, mask=there, other=0.0).to(tl.float32)[None, :]
+    head = tl.arange(0, BLOCK_H)
+    mask = (head < HEADS)[:, None] & there[None, :]
+    first, second = _turned(q, row * stride_q, c, s, head, pair, mask, stride_qh, HALF)
+    at = q_out + (row * HEADS + head[:, None]) * (2 * HALF) + pair[None, :]
+    tl.store(at, first.to(q_out.dtype.element_ty), mask=mask)
+    tl.store(at + HALF, second.to(q_out.dtype.element_ty), mask=mask)
+    if GROUPS > 0:
+        slot = tl.load(slots + row).to(tl.int64)
+        place = tl.load(places + row).to(tl.int64)
+        group = tl.arange(0, BLOCK_G)
+        mask = (group < GROUPS)[:, None] & there[None, :]
+        first, second = _turned(k, row * stride_k, c, s, group, pair, mask, stride_kh, HALF)
+        first, second = first.to(k_out.dtype.element_ty), second.to(k_out.dtype.element_ty)
+        at = k_out + (row * GROUPS + group[:, None]) * (2 * HALF) + pair[None, :]
+        tl.store(at, first, mask=mask)
+        tl.store(at + HALF, second, mask=mask)
+        group = group.to(tl.int64)[:, None]
+        at = store_k + slot * stride_sk + place * stride_skp + group * stride_skg + pair[None, :]
+        tl.store(at, first.to(store_k.dtype.element_ty), mask=mask)
+        tl.store(at + HALF, second.to(store_k.dtype.element_ty), mask=mask)
+        column = tl.arange(0, BLOCK_V)[None, :]
+        mask = (group < GROUPS) & (column < WIDTH_V)
+        value = tl.load(v + row * stride_v + group * stride_vh + column, mask=mask, other=0.0)
+        at = store_v + slot * stride_sv + place * stride_svp + group * stride_svg + column
+        tl.store(at, value.to(tl.float32).to(store_v.dtype.element_ty), mask=mask)
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _in_place(state: Tensor) -> None:
+    """A copy would be written in place of the state."""
+    if not state[0].is_contiguous():
+        raise ValueError(f"the state of a slot must be contiguous, got strides {state.stride()}")
+
+
+@torch.library.custom_op("hymba::conv_step", mutates_args=("state",))
+def conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
+) -> Tensor:
+    """As `hymba.ops.step.conv_step`."""
+    x = _dense_last(x)
+    rows, channels = x.shape
+    out = x.new_empty(rows, channels)
+    if rows == 0:
+        return out
+    _in_place(state)
+    at_once, block = CONV_TILE
+    at_once = min(at_once, triton.next_power_of_2(rows))
+    launch(
+        _conv_kernel, (triton.cdiv(channels, block), triton.cdiv(rows, at_once)),
+        x, weight, weight if bias is None else bias, state, slots, out, rows, channels,
+        x.stride(0), *state.stride()[:2],
+        STRIDE_WE=weight.stride(0), STRIDE_WK=weight.stride(1), TAPS=weight.shape[1],
+        BIAS=bias is not None, ROWS=at_once, BLOCK=block,
+        BLOCK_K=triton.next_power_of_2(weight.shape[1]), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@conv_step.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _grid(rows: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
+    cut = {"ROWS": TILING.rows, "BLOCK": TILING.channels, "num_warps": TILING.warps}
+    return (triton.cdiv(channels, TILING.channels), triton.cdiv(rows, TILING.rows)), cut
+
+
+@torch.library.custom_op("hymba::state_step", mutates_args=("state",))
+def state_step(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """As `hymba.ops.step.state_step`."""
+    u, dt, B, C, z = (_dense_last(x) for x in (u, dt, B, C, z))
+    rows, channels = u.shape
+    y = u.new_empty(rows, channels)
+    if rows == 0:
+        return y
+    _in_place(state)
+    grid, cut = _grid(rows, channels)
+    launch(
+        _state_kernel, grid,
+        u, dt, A.contiguous(), B, C, D, z, dt_bias, state, slots, y, rows, channels,
+        u.stride(0), dt.stride(0), B.stride(0), C.stride(0), z.stride(0), state.stride(0),
+        STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]), **cut,
+    )  # fmt: skip
+    return y
+
+
+@state_step.register_fake
+def _(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+@torch.library.custom_op("hymba::ssm_step", mutates_args=("state",))
+def ssm_step(
+    u: Tensor,
+    low: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    dt_norm: Tensor,
+    B_norm: Tensor,
+    C_norm: Tensor,
+    A: Tensor,
+    D: Tensor,
+    z: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> Tensor:
+    """As `hymba.ops.step.ssm_step`."""
+    u, low, dt_weight, z = (_dense_last(x) for x in (u, low, dt_weight, z))
+    (rows, channels), (_, rank) = u.shape, dt_weight.shape
+    y = u.new_empty(rows, channels)
+    if rows == 0:
+        return y
+    _in_place(state)
+    grid, cut = _grid(rows, channels)
+    tiles = min(TILING.tiles, grid[1])
+    launch(
+        _ssm_kernel, (grid[0], triton.cdiv(grid[1], tiles)),
+        u, low, dt_weight, dt_bias, dt_norm, B_norm, C_norm, A.contiguous(), D, z, state, slots, y,
+        rows, channels, tiles, u.stride(0), z.stride(0), state.stride(0), eps,
+        # Constants of a model, and no multiples of 16: known, their rows load in wider pieces.
+        STRIDE_LOW=low.stride(0), STRIDE_W=dt_weight.stride(0),
+        RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]),
+        DOT=_dot_type(low), STAGES=TILING.stages if tiles > 1 else 1, **cut,
+    )  # fmt: skip
+    return y
+
+
+@ssm_step.register_fake
+def _(
+    u: Tensor,
+    low: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    dt_norm: Tensor,
+    B_norm: Tensor,
+    C_norm: Tensor,
+    A: Tensor,
+    D: Tensor,
+    z: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+def _dot_type(x: Tensor) -> tl.dtype:
+    """What goes into matrix products; the interpreter knows no bfloat16."""
+    kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return kinds.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
+
+
+@torch.library.custom_op("hymba::rope_and_store", mutates_args=("store_k", "store_v"))
+def rope_operator(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    store_k: Tensor | None,
+    store_v: Tensor | None,
+    slots: Tensor,
+    places: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The turned k is empty where there is none: an operator cannot return None."""
+    q = _dense_last(q)
+    rows, heads, width = q.shape
+    q_out = q.new_empty(q.shape)
+    groups, value_width, k_out = 0, 1, q.new_empty(0)
+    strides = [0] * 10
+    if k is not None and v is not None and store_k is not None and store_v is not None:
+        k, v = _dense_last(k), _dense_last(v)
+        groups, value_width, k_out = k.shape[1], v.shape[2], k.new_empty(k.shape)
+        strides = [*k.stride()[:2], *v.stride()[:2], *store_k.stride()[:3], *store_v.stride()[:3]]
+        if store_k.stride(-1) != 1 or store_v.stride(-1) != 1:
+            raise ValueError("the numbers of a place in a store must lie side by side")
+    else:
+        k = v = store_k = store_v = q  # not read, not written
+    if rows == 0:
+        return q_out, k_out
+    launch(
+        _rope_kernel, (rows,),
+        q, k, v, cos, sin, store_k, store_v, slots, places, q_out, k_out,
+        *q.stride()[:2], *strides[:4], cos.stride(0), sin.stride(0), *strides[4:],
+        HEADS=heads, GROUPS=groups, HALF=width // 2, WIDTH_V=value_width,
+        BLOCK_H=triton.next_power_of_2(heads), BLOCK_G=triton.next_power_of_2(max(1, groups)),
+        BLOCK_P=triton.next_power_of_2(width // 2), BLOCK_V=triton.next_power_of_2(value_width),
+        num_warps=4,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+@rope_operator.register_fake
+def _(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    store_k: Tensor | None,
+    store_v: Tensor | None,
+    slots: Tensor,
+    places: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)
+
+
+def rope_and_store(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    store_k: Tensor | None,
+    store_v: Tensor | None,
+    slots: Tensor,
+    places: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """As `hymba.ops.step.rope_and_store`."""
+    turned, k_turned = rope_operator(q, k, v, cos, sin, store_k, store_v, slots, places)
+    return turned, None if k is None else k_turned
