@@ -4,7 +4,9 @@ against plain PyTorch, and where the device's time goes, by kernel name."""
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -21,7 +23,8 @@ from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
 
 PARTS = ("matrix products", "scan", "conv", "attention", "elementwise", "head", "copies", "rest")
-TOLERANCE = 0.1  # of hidden states in bfloat16 after all layers, ours against plain PyTorch
+CUDA_KERNEL = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)"
+TOLERANCE = 0.01  # of hidden states in float32 after all layers, ours against plain PyTorch
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -63,12 +66,18 @@ def all_plain() -> dict[str, Callable[..., Any]]:
 
 
 def difference(model: LanguageModel, tokens: int = 512) -> float:
-    """How far hidden states are from those with plain PyTorch in every op."""
+    """How far hidden states are from those with plain PyTorch in every op, both in float32: in
+    bfloat16 the roundings of 32 random layers drown what is looked for. There, ours must be no
+    further from the float32 truth than plain PyTorch's, or this is infinite."""
     ids = torch.randint(1, model.config.vocab_size, (2 * tokens,), device=model.device)
     batch = Batch.of((tokens, tokens), device=model.device)
-    ours = model(ids, batch).detach()
+    wide = copy.deepcopy(model).float()
+    ours, ours_wide = model(ids, batch).detach(), wide(ids, batch).detach()
     with replaced(all_plain()):
-        return rounded(relative_error(ours, model(ids, batch).detach()), 2)
+        theirs, truth = model(ids, batch).detach(), wide(ids, batch).detach()
+    if relative_error(ours, truth) > 1.25 * relative_error(theirs, truth):
+        return math.inf
+    return rounded(relative_error(ours_wide, truth), 2)
 
 
 def speed(flops: float, tokens: int, ms: float, spread: float, matrix_rate: float) -> dict:
@@ -95,16 +104,18 @@ def speed_line(row: Mapping[str, Any]) -> str:
 
 @cache
 def own_kernels() -> dict[str, str]:
-    """{name of a kernel: part}, read off the files of hymba/ops."""
-    found = {}
+    """{name of a kernel: part}, read off the files of hymba/ops; "this or that" where two files
+    have a kernel of one name."""
+    found: dict[str, set[str]] = {}
     for path in Path(ops.__path__[0]).glob("*"):
         text = path.read_text(encoding="utf-8") if path.suffix in (".py", ".cu") else ""
         names = re.findall(r"@triton\.jit\b.*\n(?:@.*\n)*def (\w+)", text)
-        names += re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)", text)
+        names += re.findall(CUDA_KERNEL, text)
         file = re.split(r"[_.]", path.name)[0]
         part = {"attention": "attention", "scan": "scan", "conv": "conv", "loss": "head"}
-        found |= dict.fromkeys(names, part.get(file, "elementwise"))
-    return found
+        for name in names:
+            found.setdefault(name, set()).add(part.get(file, "elementwise"))
+    return {name: " or ".join(sorted(parts)) for name, parts in found.items()}
 
 
 # Kernels of torch and of peers. The first that fits counts.
@@ -122,9 +133,9 @@ def part_of(kernel: str) -> str:
     own = own_kernels()
     if kernel in own:
         return own[kernel]
-    for name, part in own.items():  # CUDA C++ names are decorated
-        if len(name) > 8 and re.search(rf"(?<![a-zA-Z_]){name}(?![a-zA-Z_])", kernel):
-            return part
+    for name in re.findall(r"[a-z]\w+", kernel):  # CUDA C++ names are decorated
+        if name in own and not name.startswith("_"):
+            return own[name]
     lower = kernel.lower()
     return next((part for part, words in FOREIGN if re.search(words, lower)), "rest")
 
@@ -153,7 +164,7 @@ def by_part(kernels: Iterable[tuple[str, float, int]]) -> dict[str, Any]:
     parts = dict.fromkeys(PARTS, 0.0)
     ordered = sorted(kernels, key=lambda kernel: -kernel[1])
     for name, ms, _ in ordered:
-        parts[part_of(name)] += ms
+        parts[part_of(name)] = parts.get(part_of(name), 0.0) + ms
     largest = [
         {"kernel": name[:120], "part": part_of(name), "ms": rounded(ms, 3), "launches": count}
         for name, ms, count in ordered[:30]

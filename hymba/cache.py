@@ -9,7 +9,8 @@
 Keys are stored after rotary embedding, so the order of places does not matter: the token at
 position p lies in place p % (window + 1). A forward reads the cache as it was and commits what it
 computed at its end, so a chunk sees the old ring and itself, and consumers of shared K/V see what
-their producer saw. Because a sequence's state is small, branching, preemption and roll-back are a
+their producer saw. Only a step of one token a sequence updates SSM states as it goes, in place: a
+copy would cost as much as the step. Because a sequence's state is small, branching, preemption and roll-back are a
 `snapshot` and a `restore`.
 """
 
@@ -32,6 +33,14 @@ class State(NamedTuple):
     v: Tensor | None = None  # (N, G, e)
     conv: Tensor | None = None  # (S, K-1, E) last inputs of the convolution
     ssm: Tensor | None = None  # (S, E, n)
+
+
+class Slots(NamedTuple):
+    """One layer's SSM states where a cache keeps them, and which of them are meant."""
+
+    conv: Tensor  # (slots, K-1, E)
+    ssm: Tensor  # (slots, E, n)
+    slots: Tensor  # (S,)
 
 
 class Snapshot(NamedTuple):
@@ -209,6 +218,11 @@ class Cache:
         return (
             (None, None) if store is None else (_rows(store.conv, slots), _rows(store.ssm, slots))
         )
+
+    def ssm_slots(self, index: int, slots: Tensor) -> Slots | None:
+        """For a step that updates the states of layer `index` where they lie."""
+        store = self.ssm[index]
+        return None if store is None else Slots(store.conv, store.ssm, slots)
 
     def commit(self, slots: Sequence[int], segments: Segments, states: Sequence[State]) -> None:
         """Append what one forward computed, layer by layer, to the slots' sequences."""

@@ -46,6 +46,7 @@ MODEL_CLASS = re.compile(
 # Packages that one place only may import: {package: where}.
 ONLY_IN = {
     "triton": re.compile(r"_triton\.py$"),
+    "cuda": re.compile(r"_cuda\.py$"),
     "lm_eval": re.compile(r"^eval/harness\.py$"),
     "fastapi": re.compile(r"^server\.py$"),
     "starlette": re.compile(r"^server\.py$"),

@@ -31,13 +31,12 @@ def attend(
     outs = []
     if batch.meta:
         assert meta is not None and meta.k is not None and meta.v is not None
-        first = q[: batch.meta]
+        first, q = batch.split(q)
         outs.append(ops.attention(first, meta.k, meta.v, Segments((batch.meta,))))
     if batch.segments.count:
         assert text.k is not None and text.v is not None
         prefix = None
         if meta is not None and meta.k is not None and meta.v is not None:
             prefix = Meta(meta.k, meta.v)
-        rest = q[batch.meta :]
-        outs.append(ops.attention(rest, text.k, text.v, batch.segments, layer.window, prefix, past))
+        outs.append(ops.attention(q, text.k, text.v, batch.segments, layer.window, prefix, past))
     return torch.cat(outs).flatten(1) if len(outs) > 1 else outs[0].flatten(1)

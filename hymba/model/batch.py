@@ -47,5 +47,12 @@ class Batch:
         positions = torch.arange(segments.total) + shifts
         return Batch(segments, before, places, positions.to(device))
 
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows (meta + N, ...) -> those of the meta tokens, those of the text.
+
+        Not two slices: in backward each would make a gradient of all rows, to be added up."""
+        first, rest = rows.split([self.meta, rows.shape[0] - self.meta])
+        return first, rest
+
     def with_meta(self, count: int) -> Batch:
         return dataclasses.replace(self, meta=count)

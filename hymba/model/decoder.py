@@ -63,14 +63,22 @@ class Decoder(nn.Module):
         held = tuple(cache.length(slot) for slot in batch.slots)
         if held != batch.past:
             raise ValueError(f"the batch continues {batch.past} tokens, its slots hold {held}")
-        befores = [
-            Before(meta, cache.past(i, batch.slots), *cache.ssm_state(i, batch.slots))
-            for i, meta in enumerate(cache.meta)
-        ]
-        x, lefts = self._blocks(self.embed(rows), batch, befores)
+        x = self.embed(rows)
+        slots = None
+        if batch.segments.uniform == 1:
+            slots = torch.tensor(batch.slots, device=x.device)
+        befores = [self._before(i, batch, cache, slots) for i in range(len(self.layers))]
+        x, lefts = self._blocks(x, batch, befores)
         hidden = self.final_norm(x)
         cache.commit(batch.slots, batch.segments, [left.text for left in lefts])
         return hidden
+
+    def _before(self, index: int, batch: Batch, cache: Cache, slots: Tensor | None) -> Before:
+        """What layer `index` continues; `slots` where its SSM states can change in place."""
+        meta, past = cache.meta[index], cache.past(index, batch.slots)
+        if slots is None:
+            return Before(meta, past, *cache.ssm_state(index, batch.slots))
+        return Before(meta, past, slots=cache.ssm_slots(index, slots))
 
     def embed(self, rows: Tensor) -> Tensor:
         if rows.is_floating_point():

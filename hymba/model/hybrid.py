@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hymba import ops
-from hymba.cache import State
+from hymba.cache import Slots, State
 from hymba.config import Config, Layer
 from hymba.model.attention import attend
 from hymba.model.batch import Batch
@@ -34,6 +34,7 @@ class Before(NamedTuple):
     past: Past | None = None  # K/V of the text before the rows
     conv: Tensor | None = None  # (S or 1, K-1, E)
     ssm: Tensor | None = None  # (S or 1, E, n)
+    slots: Slots | None = None  # in place of the two, for a step of one row a sequence
 
 
 class Left(NamedTuple):
@@ -99,25 +100,28 @@ class HybridMixer(nn.Module):
         v = rows["v"].unflatten(-1, (-1, self.value_dim))
         if not batch.meta:
             return Left(State(k, v), before.meta)
-        m = batch.meta
-        return Left(State(k[m:], v[m:]), State(k[:m], v[:m]))
+        (meta_k, k), (meta_v, v) = batch.split(k), batch.split(v)
+        return Left(State(k, v), State(meta_k, meta_v))
 
     def summarise(
         self, u: Tensor, gate: Tensor, batch: Batch, before: Before, left: Left
     ) -> tuple[Tensor, Left]:
         """The SSM branch: meta rows from zero, text rows from what the meta tokens left."""
         assert self.ssm is not None
-        outs, text, meta, m = [], left.text, left.meta, batch.meta
+        if before.slots is not None:
+            return self.ssm.step(u, gate, before.slots), left
+        outs, text, meta = [], left.text, left.meta
         conv, ssm = before.conv, before.ssm
-        if m:
-            y, conv, ssm = self.ssm(u[:m], gate[:m], Segments((m,)), None, None)
+        if batch.meta:
+            (meta_u, u), (meta_gate, gate) = batch.split(u), batch.split(gate)
+            y, conv, ssm = self.ssm(meta_u, meta_gate, Segments((batch.meta,)), None, None)
             meta = (meta or State())._replace(conv=conv, ssm=ssm)
             outs.append(y)
         if batch.segments.count:
-            y, conv, ssm = self.ssm(u[m:], gate[m:], batch.segments, conv, ssm)
+            y, conv, ssm = self.ssm(u, gate, batch.segments, conv, ssm)
             text = text._replace(conv=conv, ssm=ssm)
             outs.append(y)
-        return torch.cat(outs), Left(text, meta)
+        return torch.cat(outs) if len(outs) > 1 else outs[0], Left(text, meta)
 
     def fuse(self, outs: list[Tensor]) -> Tensor:
         if self.attention_norm is None or self.ssm_norm is None:

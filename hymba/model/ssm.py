@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hymba import ops
+from hymba.cache import Slots
 from hymba.config import Config
 from hymba.model.layers import RMSNorm
 from hymba.ops import Segments
@@ -27,9 +28,8 @@ class SSM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         inner, rank, states = config.inner_size, config.ssm_dt_rank, config.ssm_state
-        self.sizes = [rank, states, states]
         self.conv = DepthwiseConv(inner, config.ssm_conv, config.ssm_conv_bias)
-        self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
+        self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
         self.dt_norm = RMSNorm(rank, config.norm_eps)
         self.B_norm = RMSNorm(states, config.norm_eps)
         self.C_norm = RMSNorm(states, config.norm_eps)
@@ -54,14 +54,13 @@ class SSM(nn.Module):
         u, conv_left = ops.causal_conv(
             u, self.conv.weight.squeeze(1), self.conv.bias, segments, conv_state
         )
-        dt, B, C = self.x_proj(u).split(self.sizes, dim=-1)
-        A = -torch.exp(self.A_log.to(torch.promote_types(u.dtype, torch.float32)))
+        dt, B, C = ops.rms_norms(self.x_proj(u), self._norms(), self.dt_norm.eps)
         y, ssm_left = ops.selective_scan(
             u=u,
-            dt=self.dt_proj(self.dt_norm(dt)),
-            A=A,
-            B=self.B_norm(B),
-            C=self.C_norm(C),
+            dt=self.dt_proj(dt),
+            A=self._rates(u.dtype),
+            B=B,
+            C=C,
             D=self.D,
             z=gate,
             dt_bias=self.dt_bias,
@@ -69,3 +68,24 @@ class SSM(nn.Module):
             initial_state=ssm_state,
         )
         return y, conv_left, ssm_left
+
+    def step(self, u: Tensor, gate: Tensor, store: Slots) -> Tensor:
+        """`forward` for one row each, u, gate (S, E), with states updated where they lie."""
+        conv, A, slots = self.conv, self._rates(u.dtype), store.slots
+        u = ops.conv_step(u, conv.weight.squeeze(1), conv.bias, store.conv, slots)
+        low, norms, eps = self.x_proj(u), self._norms(), self.dt_norm.eps
+        if type(self.dt_proj) is nn.Linear:
+            weight = self.dt_proj.weight
+            return ops.ssm_step(
+                u, low, weight, self.dt_bias, *norms, A, self.D, gate, store.ssm, slots, eps
+            )
+        step, B, C = ops.rms_norms(low, norms, eps)
+        dt = self.dt_proj(step)  # an adapter: not a matrix to be multiplied elsewhere
+        return ops.state_step(u, dt, A, B, C, self.D, gate, self.dt_bias, store.ssm, slots)
+
+    def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight
+
+    def _rates(self, dtype: torch.dtype) -> Tensor:
+        """A (E, n), wide."""
+        return -torch.exp(self.A_log.to(torch.promote_types(dtype, torch.float32)))

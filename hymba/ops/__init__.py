@@ -24,12 +24,15 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "causal_conv",
+    "conv_step",
     "fuse_heads",
     "linear_cross_entropy",
     "rms_norm",
     "rms_norms",
     "rotate",
     "selective_scan",
+    "ssm_step",
+    "state_step",
     "swiglu",
 ]
 
@@ -88,9 +91,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return twin("rms_norm", "norm", x)(x, weight, eps)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual (..., D) -> rms_norm(x + residual), x + residual."""
     return twin("add_rms_norm", "norm", x)(x, residual, weight, eps)
 
@@ -116,3 +117,50 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (i, i + width/2) of x (N, heads, width), turned; cos, sin (N, 1, width/2)."""
     return twin("rotate", "rotary", x)(x, cos, sin)
+
+
+# The decode step of the SSM branch: one new token a row, states updated in place by slot.
+
+
+def conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
+) -> Tensor:
+    """x (S, E), weight (E, K) -> silu(conv) (S, E); state (slots, K-1, E) moves on by one."""
+    return twin("conv_step", "step", x)(x, weight, bias, state, slots)
+
+
+def state_step(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """`selective_scan` of one row each: u, dt, z (S, E) -> y (S, E); state (slots, E, n)."""
+    return twin("state_step", "step", u)(u, dt, A, B, C, D, z, dt_bias, state, slots)
+
+
+def ssm_step(
+    u: Tensor,
+    low: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    dt_norm: Tensor,
+    B_norm: Tensor,
+    C_norm: Tensor,
+    A: Tensor,
+    D: Tensor,
+    z: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> Tensor:
+    """All behind x_proj at once: low (S, R + 2n) -> y (S, E); state (slots, E, n)."""
+    norms = dt_norm, B_norm, C_norm
+    op = twin("ssm_step", "step", u)
+    return op(u, low, dt_weight, dt_bias, *norms, A, D, z, state, slots, eps)

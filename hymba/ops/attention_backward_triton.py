@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hymba.ops.attention_triton import (
     LOG2E,
+    hopper,
     is_edge,
     load_rows,
     meta_arguments,
@@ -43,11 +44,14 @@ from hymba.ops.segments import Segments
 
 CHUNK = 1024  # rows of one partial sum of the meta keys' gradients, at least
 MOST_PARTS = 32
+# Numbers kept per row and head: log-sum-exp and delta. Two unused ones make it 16 bytes, which one
+# thread copies; of less, every thread would copy the rows of all the columns it holds.
+STATS = tl.constexpr(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "m_places", "window"])
 def _queries_kernel(
-    q, k, v, out, lse, do, dq, delta, meta_k, meta_v, items,
+    q, k, v, out, lse, stats, do, dq, meta_k, meta_v, items,
     q_row, q_head, k_row, k_head, v_row, v_head, mk_row, mk_head, mv_row, mv_head, do_row, do_head,
     n_rows, m_places, window, scale, to_base_2,
     HEADS: tl.constexpr, SHARE: tl.constexpr, h: tl.constexpr, e: tl.constexpr,
@@ -55,7 +59,7 @@ def _queries_kernel(
     META: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq and delta of one block of queries of one head."""
+    """dq of one block of queries of one head, and the numbers per row that the other pass needs."""
     item = items + tl.program_id(0) // HEADS * 5
     head = tl.program_id(0) % HEADS
     group = head // SHARE
@@ -73,11 +77,11 @@ def _queries_kernel(
     out += (origin + first_row) * (HEADS * e) + head * e
     outs = load_rows(out + down * (HEADS * e) + tall[None, :], row_ok[:, None], e, e_block)
     less = tl.sum(pulls.to(tl.float32) * outs.to(tl.float32), 1)
-    lse += head.to(tl.int64) * n_rows + origin
-    delta += head.to(tl.int64) * n_rows + origin
-    tl.store(delta + rows, less, row_ok)
-    norm = tl.load(lse + rows, row_ok, other=0.0)[:, None]
-    less = less[:, None]
+    stat = head.to(tl.int64) * n_rows + origin + rows
+    norm = tl.load(lse + stat, row_ok, other=0.0)
+    tl.store(stats + stat * STATS, norm, row_ok)
+    tl.store(stats + stat * STATS + 1, less, row_ok)
+    norm, less = norm[:, None], less[:, None]
     acc = tl.zeros((ROWS, h_block), tl.float32)
 
     k += origin * k_row + group * k_head
@@ -112,9 +116,9 @@ def _queries_kernel(
     tl.store(dq_tile, (acc * scale).to(dq.dtype.element_ty), row_ok[:, None] & (wide < h)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "m_places", "window"])
 def _keys_kernel(
-    q, k, v, lse, do, delta, dk, dv, meta_k, meta_v, part_k, part_v, items,
+    q, k, v, stats, do, dk, dv, meta_k, meta_v, part_k, part_v, items,
     q_row, q_head, k_row, k_head, v_row, v_head, mk_row, mk_head, mv_row, mv_head, do_row, do_head,
     n_rows, m_places, window, scale, to_base_2,
     GROUPS: tl.constexpr, SHARE: tl.constexpr, h: tl.constexpr, e: tl.constexpr,
@@ -124,7 +128,8 @@ def _keys_kernel(
 ):  # fmt: skip
     """dk and dv of one block of keys of one group: text keys, or meta keys from a chunk of rows.
 
-    One loop over the query heads of the group and, for each, the rows that see the block."""
+    One loop over the query heads of the group and, for each, the rows that see the block. Scores
+    are made keys by rows: what the next products take from the left then stays in registers."""
     item = items + tl.program_id(0) // GROUPS * 6
     group = tl.program_id(0) % GROUPS
     origin, limit, at = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
@@ -132,7 +137,6 @@ def _keys_kernel(
     is_meta = part >= 0
 
     wide, tall = tl.arange(0, h_block), tl.arange(0, e_block)
-    in_h, in_e = (wide < h)[None, :], (tall < e)[None, :]
     down = tl.arange(0, KEYS)
     key_ok = (at + down < limit)[:, None]
     k += origin * k_row + group * k_head
@@ -149,34 +153,37 @@ def _keys_kernel(
 
     q += origin * q_row
     do += origin * do_row
-    lse += origin
-    delta += origin
-    row, head = first_row, group * SHARE
+    stats += origin * STATS
     across = tl.arange(0, ROWS)
+    q_steps = (across * q_row)[:, None] + wide[None, :]
+    do_steps = (across * do_row)[:, None] + tall[None, :]
+    stat_steps = (across * STATS)[:, None] + tl.arange(0, STATS)[None, :]
+    row, head = first_row, group * SHARE
     for _ in range(0, tl.cdiv(end_row - first_row, ROWS) * SHARE):
         rows = row + across
-        row_ok = rows < end_row
-        q_tile = q + (head * q_head + row.to(tl.int64) * q_row) + (across * q_row)[:, None]
-        do_tile = do + (head * do_head + row.to(tl.int64) * do_row) + (across * do_row)[:, None]
-        stat = head.to(tl.int64) * n_rows + row
+        row_ok = (rows < end_row)[:, None]
+        q_tile = q + (row.to(tl.int64) * q_row + head * q_head) + q_steps
+        do_tile = do + (row.to(tl.int64) * do_row + head * do_head) + do_steps
+        stat = stats + (head.to(tl.int64) * n_rows + row) * STATS + stat_steps
         # Rows past the end are zeros: weights of 1, but nothing to weigh.
-        queries = load_rows(q_tile + wide[None, :], row_ok[:, None], h, h_block)
-        pulls = load_rows(do_tile + tall[None, :], row_ok[:, None], e, e_block)
-        norm = tl.load(lse + stat + across, row_ok, other=0.0)[:, None]
-        less = tl.load(delta + stat + across, row_ok, other=0.0)[:, None]
-        s = product(queries, tl.trans(keys), None, PRECISION)
+        queries = load_rows(q_tile, row_ok, h, h_block)
+        pulls = load_rows(do_tile, row_ok, e, e_block)
+        even, odd = tl.split(tl.reshape(tl.load(stat, row_ok, other=0.0), (ROWS, 2, 2)))
+        norm, _even = tl.split(even)
+        less, _odd = tl.split(odd)
+        s = product(keys, tl.trans(queries), None, PRECISION)
         edge = at + KEYS - 1 > row
         if WINDOW:
             edge = edge | (row + ROWS - 1 - at > window)
         if edge & (is_meta == 0):
-            there = (at + down)[None, :]
-            seen = seen_tile(False, rows[:, None], there, 0, window, False, WINDOW)
+            there = (at + down)[:, None]
+            seen = seen_tile(False, rows[None, :], there, 0, window, False, WINDOW)
             s = tl.where(seen, s, float("-inf"))
-        p = tl.exp2(s * to_base_2 - norm)
-        acc_v = product(tl.trans(p.to(pulls.dtype)), pulls, acc_v, PRECISION)
-        dp = product(pulls, tl.trans(values), None, PRECISION)
-        ds = (p * (dp - less)).to(queries.dtype)
-        acc_k = product(tl.trans(ds), queries, acc_k, PRECISION)
+        p = tl.exp2(s * to_base_2 - norm[None, :])
+        acc_v = product(p.to(pulls.dtype), pulls, acc_v, PRECISION)
+        dp = product(values, tl.trans(pulls), None, PRECISION)
+        ds = p * (dp - less[None, :])
+        acc_k = product(ds.to(queries.dtype), queries, acc_k, PRECISION)
         row += ROWS
         head = tl.where(row < end_row, head, head + 1)
         row = tl.where(row < end_row, row, first_row)
@@ -210,28 +217,34 @@ def backward(
     total, heads, h = q.shape
     groups, e = v.shape[1:]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    delta = torch.empty_like(lse)
+    stats = lse.new_empty(heads, total, STATS.value)
     meta_k, meta_v, meta_strides, m_places = meta_arguments(meta)
     h_block, e_block = width_block(h), width_block(e)
-    sizes: dict[str, object] = {"h": h, "e": e, "h_block": h_block, "e_block": e_block, "SHARE": heads // groups}
+    sizes: dict[str, object] = {
+        "h": h,
+        "e": e,
+        "h_block": h_block,
+        "e_block": e_block,
+        "SHARE": heads // groups,
+    }
     sizes |= {"META": meta is not None, "WINDOW": window is not None, "PRECISION": "ieee"}
     steps = [*strides(q, k, v), *meta_strides, *strides(do)]
     numbers = [total, m_places, window or 0, h**-0.5, h**-0.5 * LOG2E]
 
-    rows, keys, options = query_blocks(h_block, e_block, q.dtype)
+    rows, keys, options = query_blocks(h_block, e_block, q.dtype, q.device)
     items = query_items(segments.lengths, None, rows, window, q.device)
     launch(
         _queries_kernel, (items.shape[0] * heads,),
-        q, k, v, out, lse, do, dq, delta, meta_k, meta_v, items, *steps, *numbers,
+        q, k, v, out, lse, stats, do, dq, meta_k, meta_v, items, *steps, *numbers,
         HEADS=heads, ROWS=rows, KEYS=keys, **sizes, **options,
     )  # fmt: skip
-    rows, keys, options = key_blocks(h_block, e_block, q.dtype)
+    rows, keys, options = key_blocks(h_block, e_block, q.dtype, q.device)
     items, parts = key_items(segments.lengths, m_places, keys, window, q.device)
     part_k = lse.new_empty(parts, m_places, groups, h)
     part_v = lse.new_empty(parts, m_places, groups, e)
     launch(
         _keys_kernel, (items.shape[0] * groups,),
-        q, k, v, lse, do, delta, dk, dv, meta_k, meta_v, part_k, part_v, items, *steps, *numbers,
+        q, k, v, stats, do, dk, dv, meta_k, meta_v, part_k, part_v, items, *steps, *numbers,
         GROUPS=groups, ROWS=rows, KEYS=keys, **sizes, **options,
     )  # fmt: skip
     if meta is None:
@@ -239,24 +252,28 @@ def backward(
     return dq, dk, dv, part_k.sum(0).to(k.dtype), part_v.sum(0).to(v.dtype)
 
 
-def query_blocks(h_block: int, e_block: int, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
+def query_blocks(
+    h_block: int, e_block: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int, dict[str, int]]:
     """(rows, keys, launch options) of the pass for dq."""
     if dtype == torch.float32:
         return 32, 32, {"num_warps": 8, "num_stages": 1}
-    if h_block + e_block <= 256:
-        return 64, 64, {"num_warps": 4, "num_stages": 2}
-    return 64, 32, {"num_warps": 8, "num_stages": 2}
+    if h_block + e_block > 256 or not hopper(device):
+        return 64, 32, {"num_warps": 8, "num_stages": 2}
+    return 64, 64, {"num_warps": 4, "num_stages": 2}
 
 
-def key_blocks(h_block: int, e_block: int, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
-    """(rows, keys, launch options) of the pass for dk and dv."""
+def key_blocks(
+    h_block: int, e_block: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int, dict[str, int]]:
+    """(rows, keys, launch options) of the pass for dk and dv, whose sums fill the registers."""
     if dtype == torch.float32:
         return 32, 32, {"num_warps": 4, "num_stages": 1}
-    if h_block + e_block <= 192:
-        return 64, 64, {"num_warps": 4, "num_stages": 2}
-    if h_block + e_block <= 256:
-        return 64, 64, {"num_warps": 8, "num_stages": 2}
-    return 32, 64, {"num_warps": 8, "num_stages": 2}
+    if h_block + e_block > 256 or not hopper(device):
+        return 32, 32, {"num_warps": 8, "num_stages": 2}
+    if h_block + e_block > 192:
+        return 64, 128, {"num_warps": 8, "num_stages": 2}
+    return 64, 64, {"num_warps": 4, "num_stages": 3}
 
 
 @lru_cache(maxsize=64)

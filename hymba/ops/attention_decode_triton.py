@@ -5,17 +5,18 @@ What bounds it: bytes. A place of the cache is G (h + e) numbers, read once, and
 multiply-adds for each; so everything here serves wide loads, several in flight on every
 multiprocessor. How far from it: see the table of the README.
 
-    places of row 0   |------ split 0 ------|------ split 1 ------|- 2 -|
-    places of row 1   |------ split 0 ------|-- (nothing seen: leaves)
-    meta keys         |-- all rows' queries, 16 at a time, as one matrix product --|
+    places of row 0   |------- split 0 -------|------- split 1 -------|- 2 -|  and its new token
+    places of row 1   |------- split 0 -------|-- (behind its length: nothing)
+    meta keys         |- all rows' queries, some at a time, as one matrix product
 
 A program takes one K/V head of one row and one split of its places, with all query heads of the
-group, so keys and values are read once; the program of split 0 begins with the new token itself.
-Meta keys are the same for all rows: their programs take queries of many rows instead. Each leaves a
-*part* in float32: the largest score, the sum of weights and the weighted sum of values; a second
-kernel adds the parts of each query head up. The order of places does not matter: `positions` says
-which text position lies where, and a program looks at those first and reads only from the first to
-the last place that is seen.
+group, so keys and values are read once; the program of split 0 takes the new token too. Meta keys
+are the same for all rows: their programs take queries of many rows instead. Each leaves a *part* in
+float32: the largest score, the sum of weights and the weighted sum of values; a second kernel adds
+the parts of each query head up. (On Hopper it is put in place while the first still runs.)
+
+The order of places does not matter: `positions` says which text position lies where. But a sequence
+of n tokens lies in the first n places (a ring of fewer is full), so what lies behind is not read.
 """
 
 from __future__ import annotations
@@ -42,20 +43,16 @@ LOG2E = 1.4426950408889634
 class Tiling(NamedTuple):
     """How the work is cut; module-wide so that a benchmark can try others."""
 
-    block: int = 64  # places loaded at once
+    block: int = 128  # places loaded at once
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
     meta_tile: int = 16  # query heads of a meta program
-    programs: int = 1056  # to be in the grid at least: 8 for each of 132 multiprocessors
-    least: int = 2  # blocks of a split, so that parts cost less than what they are parts of
     most: int = 2048  # places of a split, so that rows of different lengths even out
-    chain: int = 1
-    ahead: bool = False
-    combine_warps: int = 1
-    combine_tile: int = 8
+    overhead: int = 64  # what a program costs beside its places, in places
 
 
 TILING = Tiling()
+PROCESSORS = 132  # of an H100 or H200; where there are fewer, splits are finer than need be
 
 
 @triton.jit
@@ -155,23 +152,6 @@ def _load_queries(
 
 
 @triton.jit
-def _fetch_ahead(at, size):
-    """Ask for `size` bytes from `at` on to come into the second-level cache."""
-    tl.inline_asm_elementwise(
-        """{
-            .reg .pred first;
-            .reg .u32 thread;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 first, thread, 0;
-            setp.gt.and.s32 first, $2, 0, first;
-            @first cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _own_part(
     q, k, v, past_k, past_v, positions, begin, parts, out,
     s, group, split, S, P, total, chunk, window, scale,
@@ -180,7 +160,6 @@ def _own_part(
     PER: tl.constexpr, HEADS: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr, ALONE: tl.constexpr, CHAINED: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Row s against one split of its places; with split 0, against its own token too."""
     wide, here = s.to(tl.int64), tl.load(begin + s)
@@ -190,9 +169,6 @@ def _own_part(
     high = tl.minimum(tl.minimum(low + chunk, P), here)  # behind its length a row has nothing
     past_k += wide * stride_pk + group.to(tl.int64) * stride_pkg
     past_v += wide * stride_pv + group.to(tl.int64) * stride_pvg
-    if AHEAD:
-        _fetch_ahead(past_k + low * stride_pkp, (high - low) * stride_pkp * 2)
-        _fetch_ahead(past_v + low * stride_pvp, (high - low) * stride_pvp * 2)
     # The new token is fetched now and met last: the loop need not wait for it.
     own = split == 0
     columns_k, columns_v = tl.arange(0, BLOCK_H)[None, :], tl.arange(0, BLOCK_E)[None, :]
@@ -208,8 +184,8 @@ def _own_part(
         here, window, low, high, scale, top, mass, acc,
         WIDTH_K, WIDTH_V, BLOCK_H, BLOCK_E, BLOCK, True, DOT, STAGES,
     )  # fmt: skip
-    if CHAINED == 2:
-        gdc_launch_dependents()
+    if CHAINED:
+        gdc_launch_dependents()  # what adds up is put in place now, and waits for the end
     score = tl.sum(tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
     score = tl.where(own, score, float("-inf"))
     higher = tl.maximum(top, score)
@@ -257,10 +233,8 @@ def _decode_kernel(
     GROUPS: tl.constexpr, PER: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, META_TILE: tl.constexpr,
     BLOCK: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
-    META: tl.constexpr, ALONE: tl.constexpr, CHAINED: tl.constexpr, AHEAD: tl.constexpr,
+    META: tl.constexpr, ALONE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    if CHAINED == 1:
-        gdc_launch_dependents()  # the adding up may be put in place; it waits for these programs
     pid = tl.program_id(0)
     if pid >= meta_programs:
         pid -= meta_programs
@@ -272,10 +246,10 @@ def _decode_kernel(
             stride_q, stride_qh, stride_k, stride_kg, stride_v, stride_vg,
             stride_pk, stride_pkg, stride_pkp, stride_pv, stride_pvg, stride_pvp, stride_p,
             PER, GROUPS * PER, WIDTH_K, WIDTH_V,
-            BLOCK_H, BLOCK_E, TILE, BLOCK, DOT, STAGES, ALONE, CHAINED, AHEAD,
+            BLOCK_H, BLOCK_E, TILE, BLOCK, DOT, STAGES, ALONE, CHAINED,
         )  # fmt: skip
     elif META:  # first of all, so that none is left over at the end
-        if CHAINED == 2:
+        if CHAINED:
             gdc_launch_dependents()
         _meta_part(
             q, meta_k, meta_v, parts, out, pid // GROUPS * META_TILE, pid % GROUPS,
@@ -289,8 +263,7 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["ROWS", "total"])
 def _combine_kernel(
     parts, out, ROWS, total,
-    WIDTH_V: tl.constexpr, BLOCK_E: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    WIDTH_V: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One query head: the sum of its parts, each as much as its highest score says."""
     number = tl.program_id(0).to(tl.int64)
@@ -302,7 +275,7 @@ def _combine_kernel(
     highest = FLOOR
     whole = 0.0
     acc = tl.zeros([BLOCK_E], tl.float32)
-    for start in tl.static_range(0, PARTS, TILE):
+    for start in range(0, total, TILE):
         part = start + tl.arange(0, TILE)
         at = part.to(tl.int64) * ROWS + number
         there = part < total
@@ -319,13 +292,21 @@ def _combine_kernel(
     tl.store(out + number * WIDTH_V + columns, done, mask=columns < WIDTH_V)
 
 
-def splits_of(rows: int, groups: int, places: int, tiling: Tiling) -> tuple[int, int]:
-    """(splits, places of each, a multiple of the block): enough programs to fill the device."""
-    blocks = max(1, -(-places // tiling.block))
-    want = max(1, tiling.programs // (rows * groups))
-    most = max(1, tiling.most // tiling.block)
-    each = min(max(tiling.least, -(-blocks // want)), most, blocks)
-    return -(-blocks // each), each * tiling.block
+@lru_cache(maxsize=256)
+def splits_of(pairs: int, places: int, tiling: Tiling) -> tuple[int, int]:
+    """(splits, places of each) for so many pairs of a row and a K/V head: what gives the busiest
+    multiprocessor least to do."""
+
+    def size(splits: int) -> int:
+        return -(-places // splits) + 15 & ~15  # a multiple of 16
+
+    def busiest(splits: int) -> int:
+        return -(-pairs * splits // PROCESSORS) * (size(splits) + tiling.overhead)
+
+    fewest = max(1, -(-places // tiling.most))
+    most = max(fewest, min(64, 16 * PROCESSORS // pairs, -(-places // tiling.block)))
+    each = max(16, size(min(range(fewest, most + 1), key=busiest)))
+    return max(1, -(-places // each)), each
 
 
 @cache
@@ -359,7 +340,7 @@ def decode_at(
     meta_v: Tensor | None = None,
 ) -> Tensor:
     """As `attention_decode`, with what a captured CUDA graph can change on the device: `begin`
-    (S,) int32, the text tokens before each new one."""
+    (S,) int32, the text tokens before each new one. They lie in the first `begin` places."""
     q, k, v, past_k, past_v = (_dense_last(x) for x in (q, k, v, past_k, past_v))
     positions, begin = _dense_last(positions), begin.contiguous()
     (rows, heads, width), (_, groups, places, value_width) = q.shape, past_v.shape
@@ -370,13 +351,13 @@ def decode_at(
     if meta_k is None or meta_v is None:
         meta_k, meta_v = k, v  # not read
     meta_k, meta_v = _dense_last(meta_k), _dense_last(meta_v)
-    splits, chunk = splits_of(rows, groups, places, tiling)
+    splits, chunk = splits_of(rows * groups, places, tiling)
     total = splits + meta
     meta_programs = -(-rows * per // tiling.meta_tile) * groups if meta else 0
     parts = out if total == 1 else q.new_empty(
         total * rows * heads * (value_width + 2), dtype=torch.float32
     )  # fmt: skip
-    chained = total > 1 and tiling.chain > 0 and _chains(q.device)
+    chained = total > 1 and _chains(q.device)
     block_e = max(16, triton.next_power_of_2(value_width))
     launch(
         _decode_kernel, (rows * groups * splits + meta_programs,),
@@ -389,18 +370,15 @@ def decode_at(
         GROUPS=groups, PER=per, WIDTH_K=width, WIDTH_V=value_width,
         BLOCK_H=max(16, triton.next_power_of_2(width)), BLOCK_E=block_e,
         TILE=max(16, triton.next_power_of_2(per)), META_TILE=tiling.meta_tile,
-        BLOCK=tiling.block,
-        DOT=_dot_type(q), STAGES=tiling.stages, META=meta, ALONE=total == 1,
-        CHAINED=chained and tiling.chain, AHEAD=tiling.ahead and chained,
-        num_warps=tiling.warps,
+        BLOCK=tiling.block, DOT=_dot_type(q), STAGES=tiling.stages,
+        META=meta, ALONE=total == 1, CHAINED=chained, num_warps=tiling.warps,
     )  # fmt: skip
     if total > 1:
-        most = max(2, triton.next_power_of_2(total))
+        tile = min(32, triton.next_power_of_2(total))
         launch(
             _combine_kernel, (rows * heads,), parts, out, rows * heads, total,
-            WIDTH_V=value_width, BLOCK_E=block_e, PARTS=most, TILE=min(most, tiling.combine_tile),
-            CHAINED=chained, num_warps=tiling.combine_warps,
-            **({"launch_pdl": True} if chained else {}),
+            WIDTH_V=value_width, BLOCK_E=block_e, TILE=tile, CHAINED=chained,
+            num_warps=max(1, tile // 8), **({"launch_pdl": True} if chained else {}),
         )  # fmt: skip
     return out
 

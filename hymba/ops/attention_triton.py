@@ -118,7 +118,7 @@ def _fold(s, v, acc, top, total, scale, PRECISION: tl.constexpr):
     return acc, new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "m_places", "p_places", "window"])
 def _forward_kernel(
     q, k, v, out, lse, meta_k, meta_v, past_k, past_v, places, items,
     q_row, q_head, k_row, k_head, v_row, v_head, mk_row, mk_head, mv_row, mv_head,
@@ -319,7 +319,7 @@ def _forward(
     heads, h = q.shape[1:]
     groups, e = v.shape[1:]
     h_block, e_block = width_block(h), width_block(e)
-    rows, keys, options = forward_blocks(h_block, e_block, q.dtype)
+    rows, keys, options = forward_blocks(h_block, e_block, q.dtype, q.device)
     begins = None if past is None else past.lengths
     items = query_items(segments.lengths, begins, rows, window, q.device)
     meta_k, meta_v, meta_strides, m_places = meta_arguments(meta)
@@ -337,14 +337,23 @@ def _forward(
 
 
 def forward_blocks(
-    h_block: int, e_block: int, dtype: torch.dtype
+    h_block: int, e_block: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int, dict[str, int]]:
-    """(rows, keys, launch options)."""
+    """(rows, keys, launch options). Registers to spare for another program on a multiprocessor
+    are worth more than larger blocks: while one makes a softmax, another feeds the tensor cores."""
     if dtype == torch.float32:
         return 32, 32, {"num_warps": 4, "num_stages": 1}
-    if h_block + e_block <= 256:
-        return 64, 64, {"num_warps": 4, "num_stages": 2}
-    return 64, 32, {"num_warps": 8, "num_stages": 2}
+    if h_block + e_block > 256 or not hopper(device):
+        return 64, 32, {"num_warps": 8, "num_stages": 2}
+    if e_block == 128 and h_block < e_block:
+        return 128, 64, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    return 64, 64, {"num_warps": 4, "num_stages": 2}
+
+
+@lru_cache
+def hopper(device: torch.device) -> bool:
+    """Whether blocks that suit a Hopper GPU fit: others have less shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def width_block(width: int) -> int:

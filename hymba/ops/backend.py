@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -69,6 +69,37 @@ def _twin(op: str, file: str, device_type: str, double: bool) -> Callable[..., A
     plain = getattr(module, op)
     # An op with one plain form (a norm) is its own reference.
     return getattr(module, f"{op}_reference", plain) if chosen == "reference" else plain
+
+
+class Operator:
+    """A function of tensors as a custom op `hymba::<name>`: one node to a compiler.
+
+    Where nothing traces and no gradient flows it stays the plain function, which costs the host
+    far less: a decoded token is a thousand such calls."""
+
+    def __init__(self, name: str, function: Callable[..., Any], mutates: Sequence[str]):
+        self.function = function
+        self.op = torch.library.custom_op(f"hymba::{name}", function, mutates_args=mutates)
+        self.register_fake = self.op.register_fake
+        self.register_autograd = self.op.register_autograd
+
+    def __call__(self, *args: Any) -> Any:
+        return self.op(*args) if _watched(args) else self.function(*args)
+
+
+def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: make an `Operator`, which writes to the arguments named in `mutates`."""
+    return lambda function: Operator(name, function, mutates)
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a dispatch mode or autograd wants to see a call."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

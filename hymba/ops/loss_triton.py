@@ -5,7 +5,9 @@ What bounds it: the three matrix products of N x V x D, 6 N V D FLOP. Between th
 gradients in place, by a kernel that reads them twice, the second time from the L2 cache, and
 writes them once. How far from it: TODO.
 
-Rows of logits are padded to multiples of 16, whatever V is, or products and loads would be slow.
+The products are several times slower where V is no multiple of 8, as 32001 is not: so the weight is
+padded with rows of zeros, once a call, and the kernel sees to it that their logits count for
+nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from hymba.ops.backend import launch
 from hymba.ops.loss import IGNORE
 
 CHUNK_ROWS = 4096
+PADDING = 64  # V is rounded up to a multiple of it
 BLOCK, WARPS = 4096, 8  # words at a time
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -78,29 +81,45 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients where wanted (empty otherwise), as gradients are made at once."""
+    """The loss, and its gradients where wanted (empty otherwise), as gradients are made at once.
+
+    The weight's gradient is float32 and has the padding's rows."""
     (N, _), V = hidden.shape, weight.shape[0]
-    _, dhidden, dweight = _like(hidden, weight, labels, want_hidden, want_weight)
+    loss, dhidden, dweight = _like(hidden, weight, labels, want_hidden, want_weight)
+    if not N:
+        return loss.zero_(), dhidden, dweight.zero_()
     losses = hidden.new_empty(N, dtype=torch.float32)
-    rows = min(N, CHUNK_ROWS)
-    buffer = hidden.new_empty(rows, triton.cdiv(V, 16) * 16)
     with torch.autocast(hidden.device.type, enabled=False):
+        weight = _pad(weight)
+        buffer = hidden.new_empty(min(N, CHUNK_ROWS), weight.shape[0])
         for start in range(0, N, CHUNK_ROWS):
             part = hidden[start : start + CHUNK_ROWS]
-            logits = buffer[: len(part), :V]
+            logits = buffer[: len(part)]
             torch.mm(part, weight.T, out=logits)
             launch(
                 _cross_entropy_kernel, (len(part),), logits, labels[start:].contiguous(),
-                losses[start:], V, logits.stride(0), IGNORE=IGNORE,
+                losses[start:], V, logits.shape[1], IGNORE=IGNORE,
                 GRAD=want_hidden or want_weight, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
             if want_hidden:
                 torch.mm(logits, weight, out=dhidden[start : start + CHUNK_ROWS])
             if want_weight:
                 _add_product(dweight, logits.T, part, begin=start == 0)
-    if want_weight and N == 0:
-        dweight.zero_()
     return losses.sum(), dhidden, dweight
+
+
+def _padded(V: int) -> int:
+    return triton.cdiv(V, PADDING) * PADDING
+
+
+def _pad(weight: Tensor) -> Tensor:
+    V, D = weight.shape
+    if _padded(V) == V:
+        return weight
+    padded = weight.new_empty(_padded(V), D)
+    padded[:V] = weight
+    padded[V:] = 0
+    return padded
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, begin: bool) -> None:
@@ -120,13 +139,13 @@ def _like(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=torch.float32)
     dhidden = hidden.new_empty(hidden.shape if want_hidden else 0)
-    shape = weight.shape if want_weight else 0
+    shape = (_padded(weight.shape[0]), weight.shape[1]) if want_weight else (0,)
     return loss, dhidden, weight.new_empty(shape, dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, weight, _, ctx.want_hidden, ctx.want_weight = inputs
-    ctx.dtype = weight.dtype
+    ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
@@ -134,7 +153,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _gradients(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     dhidden, dweight = ctx.saved_tensors
     dhidden = (dhidden * scale).to(dhidden.dtype) if ctx.want_hidden else None
-    dweight = (dweight * scale).to(ctx.dtype) if ctx.want_weight else None
+    dweight = (dweight[: ctx.rows] * scale).to(ctx.dtype) if ctx.want_weight else None
     return dhidden, dweight, None, None, None
 
 

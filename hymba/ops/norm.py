@@ -1,4 +1,4 @@
-"""RMSNorm, alone and behind a residual, and the fusion of the two branches of a hybrid head: two norms and their mean.
+"""RMSNorm, alone and behind a residual, and head fusion: the mean of two branches' norms.
 
 Statistics in float32 (float64 for float64), cast back to the input's dtype, then times the weight:
 the order of the released code, which matters in bfloat16.
@@ -17,9 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual (..., D) -> rms_norm(x + residual), x + residual."""
     total = x + residual
     return rms_norm(total, weight, eps), total

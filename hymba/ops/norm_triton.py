@@ -13,7 +13,7 @@ each, which `add_up` adds.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,12 +24,26 @@ from hymba.ops.backend import launch
 from hymba.ops.partials_triton import add_up, processors
 
 
-def tile(width: int, tensors: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program that holds so many tensors' rows of `width`."""
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1  # rows fetched ahead of a walk, through shared memory
+    programs: int = 1  # of a walk, on each multiprocessor
+
+
+def forward_tile(width: int, tensors: int) -> Tile:
+    """For a program that reads and writes `tensors` of so many columns."""
     columns = triton.next_power_of_2(width)
     rows = max(1, 2048 // columns)
-    each = 16 if tensors <= 2 else 8  # elements of a tensor a thread holds
-    return rows, columns, min(max(rows * columns // (32 * each), 1), 16)
+    return Tile(rows, columns, min(max(rows * columns // 512, 1), 16))
+
+
+def backward_tile(width: int, tensors: int) -> Tile:
+    columns = triton.next_power_of_2(width)
+    rows = max(1, 2048 // columns)
+    warps = min(max(rows * columns // 256, 1), 16)
+    return Tile(rows, columns, warps, 3, max(1, 16 // warps))
 
 
 def flat(x: Tensor) -> Tensor:
@@ -38,9 +52,9 @@ def flat(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def walkers(device: torch.device, warps: int, blocks: int) -> int:
-    """Programs of a backward pass: 32 warps for each multiprocessor."""
-    return min(blocks, processors(device) * max(1, 32 // warps))
+def walkers(device: torch.device, tile: Tile, rows: int) -> int:
+    """Programs of a backward pass: as many as run at once, or as there is work for."""
+    return min(triton.cdiv(rows, tile.rows), processors(device) * tile.programs)
 
 
 # ---------------------------------------------------------------------------------- kernels
@@ -52,12 +66,29 @@ def normed(x, eps, D: tl.constexpr):
     return x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
 
 
+# Several sums in one reduction: the warps of a program wait for each other once, not at every sum.
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_fours(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _gradient(x, g, squares, products, eps, D: tl.constexpr):
+    """Normed x, and dL/dx of sum(g * normed x), from the sums of x * x and g * x of each row."""
+    scale = tl.rsqrt(squares / D + eps)[:, None]
+    return x * scale, scale * (g - x * ((products / D)[:, None] * scale * scale))
+
+
 @triton.jit
 def through_norm(x, g, eps, D: tl.constexpr):
-    """Normed x, and dL/dx of sum(g * normed x)."""
-    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    shared = (tl.sum(g * x, 1) / D)[:, None] * scale * scale
-    return x * scale, scale * (g - x * shared)
+    """As `_gradient`, with the sums."""
+    squares, products = tl.reduce((x * x, g * x), 1, _add_pairs)
+    return _gradient(x, g, squares, products, eps, D)
 
 
 @triton.jit
@@ -82,13 +113,14 @@ def _rms_norm_kernel(
 @triton.jit
 def _rms_norm_backward_kernel(
     dout, dtotal, x, weight, dx, parts, rows, dout_stride, dtotal_stride, stride, eps,
-    ADD: tl.constexpr, SUM: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ADD: tl.constexpr, SUM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    step = tl.num_programs(0) * ROWS
+    for first in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=STAGES):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         there = (row < rows) & (column < D)
         v = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
@@ -128,21 +160,25 @@ def _fuse_kernel(
 def _fuse_backward_kernel(
     dout, a, b, a_weight, b_weight, da, db, parts, rows, dout_stride, a_stride, b_stride, eps,
     SUM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     wa = tl.load(a_weight + column, mask=column < D, other=0.0).to(tl.float32)
     wb = tl.load(b_weight + column, mask=column < D, other=0.0).to(tl.float32)
     dwa = tl.zeros((ROWS, COLUMNS), tl.float32)
     dwb = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    step = tl.num_programs(0) * ROWS
+    for first in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=STAGES):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         there = (row < rows) & (column < D)
         g = tl.load(dout + row * dout_stride + column, mask=there, other=0.0).to(tl.float32) * 0.5
         va = tl.load(a + row * a_stride + column, mask=there, other=0.0).to(tl.float32)
         vb = tl.load(b + row * b_stride + column, mask=there, other=0.0).to(tl.float32)
-        ya, dva = through_norm(va, g * wa, eps, D)
+        ga, gb = g * wa, g * wb
+        aa, ga_a, bb, gb_b = tl.reduce((va * va, ga * va, vb * vb, gb * vb), 1, _add_fours)
+        ya, dva = _gradient(va, ga, aa, ga_a, eps, D)
         tl.store(da + row * D + column, dva, mask=there)
-        yb, dvb = through_norm(vb, g * wb, eps, D)
+        yb, dvb = _gradient(vb, gb, bb, gb_b, eps, D)
         tl.store(db + row * D + column, dvb, mask=there)
         if SUM:
             dwa += g * ya
@@ -161,9 +197,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual (..., D) -> rms_norm(x + residual), x + residual."""
     return _add_rms_norm(x, residual, weight, eps)
 
@@ -202,11 +236,12 @@ def _norm_rows(
         return
     rows = flat(x)
     more = rows if added is None else flat(added)
-    height, columns, warps = tile(D, 2)
+    tile = forward_tile(D, 4)
     launch(
-        _rms_norm_kernel, (triton.cdiv(len(rows), height),), rows, more, weight.contiguous(), out,
+        _rms_norm_kernel, (triton.cdiv(len(rows), tile.rows),), rows, more,
+        weight.contiguous(), out,
         out if total is None else total, len(rows), rows.stride(0), more.stride(0), eps,
-        ADD=added is not None, D=D, ROWS=height, COLUMNS=columns, num_warps=warps,
+        ADD=added is not None, D=D, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -221,14 +256,14 @@ def _rms_norm_backward(
         return dx, torch.zeros_like(weight)
     rows, g = flat(x), flat(dout)
     more = g if dtotal is None else flat(dtotal)
-    height, columns, warps = tile(D, 3)
-    programs = walkers(x.device, warps, triton.cdiv(len(rows), height))
+    tile = backward_tile(D, 4)
+    programs = walkers(x.device, tile, len(rows))
     parts = x.new_empty((programs if want_weight else 0, D), dtype=torch.float32)
     launch(
         _rms_norm_backward_kernel, (programs,), g, more, rows, weight.contiguous(), dx, parts,
         len(rows), g.stride(0), more.stride(0), rows.stride(0), eps,
-        ADD=dtotal is not None, SUM=want_weight,
-        D=D, ROWS=height, COLUMNS=columns, num_warps=warps,
+        ADD=dtotal is not None, SUM=want_weight, D=D, ROWS=tile.rows, COLUMNS=tile.columns,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return dx, add_up(parts, weight.dtype) if want_weight else weight.new_empty(0)
 
@@ -291,19 +326,18 @@ def _fuse_heads(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: f
     if not a.numel():
         return out
     D, rows, others = a.shape[-1], flat(a), flat(b)
-    height, columns, warps = tile(D, 3)
+    tile = forward_tile(D, 3)
     launch(
-        _fuse_kernel, (triton.cdiv(len(rows), height),), rows, others, a_weight.contiguous(),
+        _fuse_kernel, (triton.cdiv(len(rows), tile.rows),), rows, others, a_weight.contiguous(),
         b_weight.contiguous(), out, len(rows), rows.stride(0), others.stride(0), eps,
-        D=D, ROWS=height, COLUMNS=columns, num_warps=warps,
+        D=D, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        enable_fp_fusion=False,  # a product fused with the sum is not rounded
     )  # fmt: skip
     return out
 
 
 @_fuse_heads.register_fake
-def _like_mean(
-    a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float = 0
-) -> Tensor:
+def _like_mean(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float = 0) -> Tensor:
     kinds = (b.dtype, a_weight.dtype, b_weight.dtype)
     kind = a.dtype
     for other in kinds:
@@ -326,14 +360,14 @@ def _fuse_heads_backward(
     if not a.numel():
         return da, db, a_weight.new_zeros(2, D)
     rows, others, g = flat(a), flat(b), flat(dout)
-    height, columns, warps = tile(D, 5)
-    programs = walkers(a.device, warps, triton.cdiv(len(rows), height))
+    tile = backward_tile(D, 5)
+    programs = walkers(a.device, tile, len(rows))
     parts = a.new_empty((programs if want_weights else 0, 2, D), dtype=torch.float32)
     launch(
         _fuse_backward_kernel, (programs,), g, rows, others, a_weight.contiguous(),
         b_weight.contiguous(), da, db, parts, len(rows), g.stride(0), rows.stride(0),
-        others.stride(0), eps, SUM=want_weights, D=D, ROWS=height, COLUMNS=columns,
-        num_warps=warps,
+        others.stride(0), eps, SUM=want_weights, D=D, ROWS=tile.rows, COLUMNS=tile.columns,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return da, db, add_up(parts, a_weight.dtype) if want_weights else a_weight.new_empty(0)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops.backend import launch
-from hymba.ops.norm_triton import flat, normed, rms_norm, through_norm, walkers
+from hymba.ops.norm_triton import Tile, flat, normed, rms_norm, through_norm, walkers
 from hymba.ops.partials_triton import add_up
 
 ROWS = 16  # of a program
@@ -148,7 +148,7 @@ def _three_norms_backward(
     if not x.numel():
         return dx, w1.new_zeros(width)
     rows, weights = flat(x), [w.contiguous() for w in (w1, w2, w3)]
-    programs = walkers(x.device, 4, triton.cdiv(len(rows), ROWS))
+    programs = walkers(x.device, Tile(ROWS, width, 4, programs=2), len(rows))
     parts = x.new_empty((programs, width), dtype=torch.float32)
     launch(
         _three_norms_backward_kernel, (programs,), d1.contiguous(), d2.contiguous(),

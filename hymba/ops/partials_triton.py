@@ -33,9 +33,9 @@ def _add_up(parts, out, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 def add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """parts (P, ...) float32 -> their sum (...)."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    width, columns = out.numel(), 32
+    width, columns = out.numel(), 32 if out.numel() > 4096 else 8
     grid = (triton.cdiv(width, columns),)
-    rows = min(128, triton.next_power_of_2(parts.shape[0]))
+    rows = min(4096 // columns, triton.next_power_of_2(parts.shape[0]))
     launch(_add_up, grid, parts, out, parts.shape[0], WIDTH=width, ROWS=rows, COLUMNS=columns)
     return out
 

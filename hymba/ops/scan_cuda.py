@@ -1,4 +1,4 @@
-"""The selective scan in CUDA (scan.cu), compiled at run time by NVRTC through cuda-core.
+"""The selective scan in CUDA (cuda/scan*.cu), compiled at run time by NVRTC through cuda-core.
 
 Optional: where cuda-core is missing, or sizes are ones the source was not written for, `supports`
 says no and the Triton twin serves. Compiling takes seconds, once a process, dtype and size.
@@ -6,10 +6,10 @@ says no and the Triton twin serves. Compiling takes seconds, once a process, dty
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache, lru_cache
 from importlib.resources import files
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,33 +18,45 @@ from torch import Tensor
 
 from hymba.ops.segments import Segments
 
-TILE = 32  # rows between saved states, as in scan.cu
+TILE = 32  # rows between saved states, as in scan.cuh
+log = logging.getLogger("hymba")
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Plan(NamedTuple):
-    """How a launch cuts the work: see `Shape` in scan.cu."""
+    """How a launch cuts the work: see `Shape` in scan.cuh."""
 
-    jn: int = 4  # a thread's states of a channel
-    je: int = 2  # its channels
-    warps: int = 1  # of a block
-    blocks: int = 12  # on a multiprocessor: caps the registers
-    tiles: int = 1 << 20  # of a piece; more than there are: not cut
+    lanes: int  # that share the states of a channel
+    channels: int  # of a lane
+    warps: int  # of a block
+    blocks: int  # on a multiprocessor: caps the registers
+    tiles: int = 1 << 20  # of a piece; more than there are: not cut in time
 
-    def channels(self, n: int) -> int:
-        """Of a block."""
-        return self.warps * 32 * self.jn // n * self.je
+    @property
+    def width(self) -> int:
+        """Channels of a block."""
+        return self.warps * 32 // self.lanes * self.channels
 
     def shape(self, n: int) -> str:
-        return f"{n},{self.jn},{self.je},{self.warps},{self.blocks}"
+        """Its template arguments for n states."""
+        return f"{n},{n // self.lanes},{self.channels},{self.warps},{self.blocks}"
 
 
 @cache
 def present() -> bool:
-    """Whether cuda-core and NVRTC can be used; HYMBA_SCAN=triton says no."""
+    """Whether cuda-core and NVRTC are there and work; HYMBA_SCAN=triton says no."""
     if os.environ.get("HYMBA_SCAN") == "triton":
         return False
-    return find_spec("cuda") is not None and find_spec("cuda.core") is not None
+    try:
+        from cuda.core import Program
+
+        Program('extern "C" __global__ void nothing() {}', "c++").compile("ptx")
+    except ImportError:
+        return False
+    except Exception as error:  # NVRTC is looked for at its first use, in ways of its own
+        log.warning("hymba: CUDA sources can't be compiled (%s); Triton's scan serves", error)
+        return False
+    return True
 
 
 def supports(u: Tensor, states: int) -> bool:
@@ -78,8 +90,8 @@ def tables(lengths: tuple[int, ...], piece_tiles: int, device: torch.device) -> 
     pieces = -(-tiles // piece_tiles)
     owner = torch.arange(len(lengths)).repeat_interleave(pieces)
     first = [torch.cat([x.new_zeros(1), x.cumsum(0)]) for x in (tiles, pieces)]
-    rows = [x.to(torch.int32).to(device) for x in (*first, owner)]
-    return Tables(*rows, tiles=int(tiles.sum()), pieces=len(owner))
+    first_tile, first_piece, owner = (x.to(torch.int32).to(device) for x in (*first, owner))
+    return Tables(first_tile, first_piece, owner, int(tiles.sum()), len(owner))
 
 
 def forward(
@@ -107,16 +119,33 @@ def forward(
     stride = 0 if state is None or state.shape[0] == 1 else channels * n
     tabs = (segments.offsets(u.device), *table[:3], np.int32(plan.tiles))
     args = (*_inputs(u, dt, z, B, C, A, D, dt_bias), state, np.int64(stride), *tabs, ends, sums)
-    grid = (-(-channels // plan.channels(n)), table.pieces, 1)
+    grid = (-(-channels // plan.width), table.pieces, 1)
     for mode in ([2] if cut else []) + [int(save)]:
         name = f"scan_forward<{TYPES[u.dtype]},{plan.shape(n)},{mode}>"
         _launch(name, grid, plan.warps * 32, 0, u.device, *args, y, final, saved)
     return y, final, saved
 
 
+# Figures below are of an H200 with 132 multiprocessors; docs/log.md has the sweeps.
+
+
 def forward_plan(segments: Segments, channels: int) -> Plan:
-    """Cut in time where sequences are too few to fill the chip."""
-    return Plan()
+    """Cut in time, each exponential paid twice, only where there are too few sequences."""
+    side_by_side = segments.total * channels // max(segments.lengths, default=1)
+    if side_by_side > 20_000:
+        return Plan(4, 1, 5, 5)
+    if side_by_side > 9_000:
+        return Plan(8, 2, 2, 8)
+    plan = Plan(4, 2, 2, 10)
+    return plan._replace(tiles=_tiles(segments, channels, plan, 2640, 4, 64))
+
+
+def _tiles(
+    segments: Segments, channels: int, plan: Plan, blocks: int, least: int, most: int
+) -> int:
+    """Tiles of a piece that give about so many blocks."""
+    across = -(-channels // plan.width)
+    return min(max(segments.total * across // (TILE * blocks), least), most)
 
 
 def backward(
@@ -134,11 +163,12 @@ def backward(
     saved: Tensor,
     want_state: bool,
 ) -> tuple[Tensor, ...]:
-    """du, ddt, dA, dB and dC side by side, dD, dz, dbias; dstate (S, E, n), or (0, E, n) where nobody wants it.
+    """du, ddt, dA, dB and dC side by side, dD, dz, dbias, dstate (S, E, n).
 
-    Sums over rows and over channels are float32 and always added in one order."""
+    Sums over rows and over channels are float32 and always added in one order; dstate is empty
+    where nobody wants it."""
     (rows, channels), n, count = u.shape, A.shape[1], segments.count
-    back, main = backward_plan(segments, channels)
+    back, main = backward_plan(segments, channels, n)
     table = tables(segments.lengths, main.tiles, u.device)
     offsets, dy, dfinal = segments.offsets(u.device), pairs(dy), dfinal.contiguous()
     given, kind = _inputs(u, dt, z, B, C, A, D, dt_bias), TYPES[u.dtype]
@@ -147,17 +177,17 @@ def backward(
     starts, sums = dfinal.new_empty(cut, channels, n), dfinal.new_empty(cut, channels)
     if cut:
         name = f"scan_adjoint<{kind},{back.shape(n)}>"
-        tabs = (offsets, table.first_piece, table.owner, np.int32(main.tiles))
-        grid = (-(-channels // back.channels(n)), table.pieces, 1)
-        _launch(name, grid, back.warps * 32, 0, u.device, *given, *behind, *tabs, starts, sums)
+        places = (offsets, table.first_piece, table.owner, np.int32(main.tiles))
+        grid = (-(-channels // back.width), table.pieces, 1)
+        _launch(name, grid, back.warps * 32, 0, u.device, *given, *behind, *places, starts, sums)
     du, ddt, dz = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(3))
-    width = main.channels(n)
-    across = -(-channels // width)
+    across = -(-channels // main.width)
     dBC = dfinal.new_empty(across, rows, 2 * n)
     dA = dfinal.new_empty(table.pieces, channels, n)
     dD, dbias = dfinal.new_empty(2, table.pieces, channels)
     dstate = dfinal.new_empty(count if want_state else 0, channels, n)
-    floats = 3 * TILE * width + TILE * 2 * n + TILE // 4 * main.jn * main.je * main.warps * 32
+    # Three tiles, B and C, and every thread's states before every 4 rows.
+    floats = 3 * TILE * main.width + TILE * 2 * n + TILE // 4 * main.width * n
     name = f"scan_backward<{kind},{main.shape(n)}>"
     tabs = (offsets, *table[:3], np.int32(main.tiles))
     outs = (du, ddt, dz, dBC, dA, dD, dbias, dstate if want_state else None)
@@ -167,15 +197,16 @@ def backward(
     return du, ddt, dA.sum(0), dBC.sum(0), dD.sum(0), dz, dbias.sum(0), dstate
 
 
-def backward_plan(segments: Segments, channels: int) -> tuple[Plan, Plan]:
-    """Of the adjoint walk, and of backward itself."""
-    return Plan(4, 2, 2, 6), Plan(4, 2, 4, 3, tiles=16)
+def backward_plan(segments: Segments, channels: int, n: int) -> tuple[Plan, Plan]:
+    """Of the adjoint walk, and of backward itself, whose lanes hold 4 states of a channel."""
+    main = Plan(n // 4, 2, 4, 3)
+    return Plan(4, 2, 2, 6), main._replace(tiles=_tiles(segments, channels, main, 1200, 4, 11))
 
 
 def _inputs(
     u: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor, bias: Tensor
 ) -> tuple[Any, ...]:
-    """The fields of `Inputs` in scan.cu, in their order."""
+    """The fields of `Inputs` in scan.cuh, in their order."""
     rows = (u, dt, z, B, C)
     strides = tuple(np.int64(x.stride(0)) for x in rows)
     wide = D.dtype == torch.float32 and bias.dtype == torch.float32
@@ -193,8 +224,11 @@ def _sixteen(x: Tensor) -> bool:
 
 
 @cache
-def _source() -> str:
-    return files("hymba.ops").joinpath("scan.cu").read_text(encoding="utf-8")
+def _source(name: str) -> str:
+    """What a kernel's file and the head they share say."""
+    part = "scan_forward.cu" if name.startswith("scan_forward") else "scan_backward.cu"
+    folder = files("hymba.ops").joinpath("cuda")
+    return "".join(folder.joinpath(x).read_text(encoding="utf-8") for x in ("scan.cuh", part))
 
 
 @cache
@@ -207,7 +241,9 @@ def _kernel(name: str, shared: int, index: int) -> Any:
     device.set_current()
     major, minor = device.compute_capability
     options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", ftz=True)
-    built = Program(_source(), "c++", options=options).compile("cubin", name_expressions=(name,))
+    built = Program(_source(name), "c++", options=options).compile(
+        "cubin", name_expressions=(name,)
+    )
     kernel = built.get_kernel(name)
     if shared > 48 << 10:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -235,7 +271,12 @@ def _stream(pointer: int, index: int) -> Any:
 
 
 def _launch(
-    name: str, grid: tuple[int, int, int], threads: int, shared: int, device: torch.device, *args: Any
+    name: str,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    device: torch.device,
+    *args: Any,
 ) -> None:
     from cuda.core import LaunchConfig, launch
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The selective scan on a GPU: Triton kernels, or the faster CUDA ones where they can be built.
 
 Both are the same function of the same tensors, forward and backward, and are registered here once
@@ -5,8 +6,8 @@ as custom ops. The Triton twin is a program for each segment and block of channe
 rows with its states in registers. Forward, for backward, saves the state before every 32 rows;
 backward goes tile by tile from the end: forward over the tile to scratch memory, then back.
 
-Bound: by the exponentials (16 a row and channel) forward, by instructions backward; scan.cu's head
-has the count. Measured on one H200 against that bound: see results/ops-*.json and docs/log.md.
+Bound: by the exponentials (16 a row and channel) forward, by instructions backward; the head of
+cuda/scan.cuh has the count, and what the CUDA kernels reach. The Triton twin is 4 times slower.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops import scan_cuda
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 from hymba.ops.segments import Segments
 
 TILE = scan_cuda.TILE
@@ -52,7 +53,7 @@ def selective_scan(
     return y, final
 
 
-@torch.library.custom_op("hymba::selective_scan", mutates_args=())
+@operator("selective_scan")
 def _scan(
     u: Tensor,
     dt: Tensor,
@@ -67,6 +68,9 @@ def _scan(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     segments = Segments(tuple(lengths))
+    if not lengths:
+        final = u.new_empty(0, *A.shape, dtype=torch.float32)
+        return torch.empty_like(u), final, final.clone()
     u, dt, B, C, z = (scan_cuda.pairs(x) for x in (u, dt, B, C, z))
     if scan_cuda.supports(u, A.shape[1]):
         return scan_cuda.forward(u, dt, A, B, C, D, z, dt_bias, segments, state, save)
@@ -96,7 +100,7 @@ def _tiles(lengths: Sequence[int]) -> int:
     return sum(-(-length // TILE) for length in lengths)
 
 
-@torch.library.custom_op("hymba::selective_scan_backward", mutates_args=())
+@operator("selective_scan_backward")
 def _scan_backward(
     dy: Tensor,
     dfinal: Tensor,
@@ -115,7 +119,10 @@ def _scan_backward(
     segments = Segments(tuple(lengths))
     u, dt, B, C, z, dy = (scan_cuda.pairs(x) for x in (u, dt, B, C, z, dy))
     run = scan_cuda.backward if scan_cuda.supports(u, A.shape[1]) else _backward
-    return run(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, segments, saved, want_state)
+    du, ddt, dA, dBC, dD, dz, dbias, dstate = run(
+        dy, dfinal, u, dt, A, B, C, D, z, dt_bias, segments, saved, want_state
+    )
+    return du, ddt, dA, dBC, dD, dz, dbias, dstate
 
 
 @_scan_backward.register_fake
@@ -186,7 +193,7 @@ def _forward(
     strides = [x.stride(0) for x in (u, dt, z, B, C)]
     shared = state is None or state.shape[0] == 1
     launch(
-        _forward_kernel,
+        _scan_kernel,
         (triton.cdiv(channels, BLOCK), count),
         *(u, dt, z, B, C, A, D, dt_bias, state, segments.offsets(u.device), table.first_tile),
         *(y, final, saved, channels, *strides, 0 if shared else channels * n),
@@ -211,7 +218,8 @@ def _backward(
     saved: Tensor,
     want_state: bool,
 ) -> tuple[Tensor, ...]:
-    """du, ddt, dA, dB and dC side by side, dD, dz, dbias; dstate (S, E, n), or (0, E, n) where nobody wants it."""
+    """du, ddt, dA, dB and dC side by side, dD, dz, dbias, dstate (S, E, n), which is empty where
+    nobody wants it."""
     (rows, channels), n, count = u.shape, A.shape[1], segments.count
     table = scan_cuda.tables(segments.lengths, 1 << 20, u.device)
     du, ddt, dz = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(3))
@@ -223,7 +231,7 @@ def _backward(
     scratch = wide(count, blocks, TILE + 1, BLOCK, n_pad)
     strides = [x.stride(0) for x in (u, dt, z, B, C, dy)]
     launch(
-        _backward_kernel,
+        _scan_backward_kernel,
         (blocks, count),
         *(u, dt, z, B, C, A, D, dt_bias, dy, dfinal.contiguous(), saved, scratch),
         *(segments.offsets(u.device), table.first_tile),
@@ -249,7 +257,7 @@ def _rates(A, at, mask):
 
 
 @triton.jit
-def _forward_kernel(
+def _scan_kernel(
     u, dt, z, B, C, A, D, bias, state, offsets, first_tile, y, final, saved,
     channels, su, sdt, sz, sB, sC, s_state,
     n: tl.constexpr, n_pad: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -281,12 +289,14 @@ def _forward_kernel(
         c = tl.load(C + row * sC + k, some, other=0.0).to(tl.float32)
         h = tl.exp2(delta[:, None] * a2) * h + (delta * x)[:, None] * b[None, :]
         out = tl.sum(h * c[None, :], 1) + d * x
-        tl.store(y + row * channels + e, (out * gate * tl.sigmoid(gate)).to(y.dtype.element_ty), here)
+        tl.store(
+            y + row * channels + e, (out * gate * tl.sigmoid(gate)).to(y.dtype.element_ty), here
+        )
     tl.store(final + s.to(tl.int64) * channels * n + at, h, both)
 
 
 @triton.jit
-def _backward_kernel(
+def _scan_backward_kernel(
     u, dt, z, B, C, A, D, bias, dy, dfinal, saved, scratch, offsets, first_tile,
     du, ddt, dz, dBC, dA, dD, dbias, dstate,
     rows, channels, su, sdt, sz, sB, sC, sdy,
@@ -337,8 +347,11 @@ def _backward_kernel(
             delta, sig = _softplus(before), tl.sigmoid(gate)
             h0 = tl.load(own + i * (BLOCK * n_pad))
             out = tl.sum(h * c[None, :], 1) + d * x
-            tl.store(dz + row * channels + e,
-                     (pull * out * sig * (1 + gate * (1 - sig))).to(dz.dtype.element_ty), here)
+            tl.store(
+                dz + row * channels + e,
+                (pull * out * sig * (1 + gate * (1 - sig))).to(dz.dtype.element_ty),
+                here,
+            )
             pull = pull * gate * sig
             g = c[None, :] * pull[:, None] + G
             tl.store(partial + row * 2 * n + k, tl.sum(g * (delta * x)[:, None], 0), some)

@@ -13,8 +13,6 @@ one contiguous piece of memory.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,19 +22,15 @@ from hymba.ops.backend import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-
-class Tiling(NamedTuple):
-    """How `ssm_step` and `state_step` are cut; module-wide so that a benchmark can try others."""
-
-    rows: int = 8
-    channels: int = 16
-    warps: int = 4
-    tiles: int = 4
-    stages: int = 3
+# Rows and channels of a program, and its warps. One warp meets no barrier between its loads.
+CONV_TILE = 8, 128, 4
+STATE_TILE = 1, 128, 4
 
 
-TILING = Tiling()
-CONV_TILE = 4, 128  # rows and channels of a program
+def ssm_tile(rows: int) -> tuple[int, int, int]:
+    """What every program computes again for its rows costs more the more rows there are; what
+    stands alone on a multiprocessor should be short."""
+    return (1, 16, 1) if rows == 1 else (4, 8, 1) if rows <= 32 else (8, 8, 1)
 
 
 @triton.jit
@@ -46,12 +40,18 @@ def _sigmoid(x):
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)), exact where exp(x) is small too, and x itself where it is large."""
-    e = tl.exp2(tl.minimum(x, 20.0) * LOG2E)
-    w = 1.0 + e
-    small = w == 1.0
-    log1p = tl.where(small, e, tl.log(w) * (e / tl.where(small, 1.0, w - 1.0)))
-    return tl.where(x > 20.0, x, log1p)
+    """log(1 + exp(x)) as max(x, 0) + log(1 + t), t = exp(-|x|), with log(1 + t) / t a polynomial,
+    right to 2e-7 of it on [0, 1]: a logarithm and a division cost three times as much."""
+    t = tl.exp2(-tl.abs(x) * LOG2E)
+    p = 0.005232691299 * t - 0.029505226761
+    p = p * t + 0.078225933015
+    p = p * t - 0.136632442474
+    p = p * t + 0.191060066223
+    p = p * t - 0.248429819942
+    p = p * t + 0.333190977573
+    p = p * t - 0.499994933605
+    p = p * t + 0.999999940395
+    return tl.maximum(x, 0.0) + t * p
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -82,6 +82,7 @@ def _conv_kernel(
     inputs = tl.where(tap == TAPS - 1, new.to(tl.float32), old.to(tl.float32))
     acc += tl.sum(inputs * w, 1)[:, None, :]
     moved = inside & (tap > 0) & (tap < TAPS)
+    tl.debug_barrier()  # one thread's input is stored where another's was
     tl.store(at - stride_sk, inputs.to(state.dtype.element_ty), mask=moved)
     tl.store(out + row * E + e, (acc * _sigmoid(acc)).to(out.dtype.element_ty), mask=inside)
 
@@ -123,10 +124,6 @@ def _advance(h, x, dt, A, B, C, D, z):
     return h, out * z * _sigmoid(z)
 
 
-# In both kernels everything is asked for before anything is waited for, the states last, whose
-# place `slots` has to tell; behind the first wait lie barriers, which no load moves across.
-
-
 @triton.jit(do_not_specialize=["S"])
 def _state_kernel(
     u, dt, A, B, C, D, z, dt_bias, state, slots, y,
@@ -154,48 +151,45 @@ def _state_kernel(
     tl.store(y + row[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["S", "tiles"])
+@triton.jit(do_not_specialize=["S"])
 def _ssm_kernel(
     u, low, dt_weight, dt_bias, dt_norm, B_norm, C_norm, A, D, z, state, slots, y,
-    S, E, tiles, stride_u, stride_z, stride_s, eps,
+    S, E, stride_u, stride_z, stride_s, eps,
     STRIDE_LOW: tl.constexpr, STRIDE_W: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
+    mask = (row < S)[:, None] & (e < E)[None, :]
+    mask_r = (row < S)[:, None] & (r < RANK)[None, :]
+    mask_n = (row < S)[:, None] & (n < STATES)[None, :]
+    at = state + slot[:, None, None] * stride_s + (e[:, None] * STATES + n[None, :])[None, :, :]
+    mask_h = mask[:, :, None] & (n < STATES)[None, None, :]
+    h = tl.load(at, mask=mask_h, other=0.0).to(tl.float32)
+    thin = _load_rows(low, row, r, STRIDE_LOW, mask_r)
+    b = _load_rows(low + RANK, row, n, STRIDE_LOW, mask_n)
+    c = _load_rows(low + RANK + STATES, row, n, STRIDE_LOW, mask_n)
     weight_dt = _load_vector(dt_norm, r, RANK)
     weight_b, weight_c = _load_vector(B_norm, n, STATES), _load_vector(C_norm, n, STATES)
     mask_w = (e < E)[:, None] & (r < RANK)[None, :]
     w = tl.load(dt_weight + e[:, None] * STRIDE_W + r[None, :], mask=mask_w, other=0.0).to(DOT)
+    x = _load_rows(u, row, e, stride_u, mask)
+    gate = _load_rows(z, row, e, stride_z, mask)
     bias, skip = _load_vector(dt_bias, e, E), _load_vector(D, e, E)
     a = _load_decays(A, e, n, E, STATES)
-    channels = (e[:, None] * STATES + n[None, :])[None, :, :]
+
     NARROW: tl.constexpr = low.dtype.element_ty
-    first = tl.program_id(1) * tiles * ROWS
-    for start in tl.range(first, tl.minimum(first + tiles * ROWS, S), ROWS, num_stages=STAGES):
-        row = start + tl.arange(0, ROWS)
-        slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
-        mask = (row < S)[:, None] & (e < E)[None, :]
-        mask_h = mask[:, :, None] & (n < STATES)[None, None, :]
-        at = state + slot[:, None, None] * stride_s + channels
-        h = tl.load(at, mask=mask_h, other=0.0).to(tl.float32)
-        mask_r = (row < S)[:, None] & (r < RANK)[None, :]
-        mask_n = (row < S)[:, None] & (n < STATES)[None, :]
-        row = row.to(tl.int64)
-        thin = _load_rows(low, row, r, STRIDE_LOW, mask_r)
-        b = _load_rows(low + RANK, row, n, STRIDE_LOW, mask_n)
-        c = _load_rows(low + RANK + STATES, row, n, STRIDE_LOW, mask_n)
-        x = _load_rows(u, row, e, stride_u, mask)
-        gate = _load_rows(z, row, e, stride_z, mask)
-        thin = _norm_rows(thin, weight_dt, RANK, eps, NARROW)
-        b = _norm_rows(b, weight_b, STATES, eps, NARROW)
-        c = _norm_rows(c, weight_c, STATES, eps, NARROW)
-        dt = tl.dot(thin.to(DOT), tl.trans(w), input_precision="ieee")  # (rows, channels)
-        dt = dt.to(NARROW).to(tl.float32)
-        h, out = _advance(h, x, dt + bias[None, :], a, b, c, skip, gate)
-        tl.store(at, h.to(state.dtype.element_ty), mask=mask_h)
-        tl.store(y + row[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=mask)
+    thin = _norm_rows(thin, weight_dt, RANK, eps, NARROW)
+    b = _norm_rows(b, weight_b, STATES, eps, NARROW)
+    c = _norm_rows(c, weight_c, STATES, eps, NARROW)
+    dt = tl.dot(thin.to(DOT), tl.trans(w), input_precision="ieee")  # (rows, channels)
+    dt = dt.to(NARROW).to(tl.float32)
+    h, out = _advance(h, x, dt + bias[None, :], a, b, c, skip, gate)
+    tl.store(at, h.to(state.dtype.element_ty), mask=mask_h)
+    tl.store(y + row[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -251,10 +245,19 @@ def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _in_place(state: Tensor) -> None:
-    """A copy would be written in place of the state."""
-    if not state[0].is_contiguous():
+def _in_place(state: Tensor, *strides: int) -> None:
+    """The numbers of a slot lie as the kernels take it: a copy would be written to in vain."""
+    if state.stride()[-len(strides) :] != strides:
         raise ValueError(f"the state of a slot must be contiguous, got strides {state.stride()}")
+
+
+def _grid(
+    rows: int, channels: int, tile: tuple[int, int, int]
+) -> tuple[tuple[int, int], dict[str, int]]:
+    at_once, block, warps = tile
+    at_once = min(at_once, triton.next_power_of_2(rows))
+    cut = {"ROWS": at_once, "BLOCK": block, "num_warps": warps}
+    return (triton.cdiv(channels, block), triton.cdiv(rows, at_once)), cut
 
 
 @torch.library.custom_op("hymba::conv_step", mutates_args=("state",))
@@ -267,16 +270,14 @@ def conv_step(
     out = x.new_empty(rows, channels)
     if rows == 0:
         return out
-    _in_place(state)
-    at_once, block = CONV_TILE
-    at_once = min(at_once, triton.next_power_of_2(rows))
+    _in_place(state, 1)
+    grid, cut = _grid(rows, channels, CONV_TILE)
     launch(
-        _conv_kernel, (triton.cdiv(channels, block), triton.cdiv(rows, at_once)),
+        _conv_kernel, grid,
         x, weight, weight if bias is None else bias, state, slots, out, rows, channels,
         x.stride(0), *state.stride()[:2],
         STRIDE_WE=weight.stride(0), STRIDE_WK=weight.stride(1), TAPS=weight.shape[1],
-        BIAS=bias is not None, ROWS=at_once, BLOCK=block,
-        BLOCK_K=triton.next_power_of_2(weight.shape[1]), num_warps=4,
+        BIAS=bias is not None, BLOCK_K=triton.next_power_of_2(weight.shape[1]), **cut,
     )  # fmt: skip
     return out
 
@@ -284,11 +285,6 @@ def conv_step(
 @conv_step.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
     return x.new_empty(x.shape)
-
-
-def _grid(rows: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
-    cut = {"ROWS": TILING.rows, "BLOCK": TILING.channels, "num_warps": TILING.warps}
-    return (triton.cdiv(channels, TILING.channels), triton.cdiv(rows, TILING.rows)), cut
 
 
 @torch.library.custom_op("hymba::state_step", mutates_args=("state",))
@@ -310,8 +306,8 @@ def state_step(
     y = u.new_empty(rows, channels)
     if rows == 0:
         return y
-    _in_place(state)
-    grid, cut = _grid(rows, channels)
+    _in_place(state, A.shape[1], 1)
+    grid, cut = _grid(rows, channels, STATE_TILE)
     launch(
         _state_kernel, grid,
         u, dt, A.contiguous(), B, C, D, z, dt_bias, state, slots, y, rows, channels,
@@ -359,18 +355,17 @@ def ssm_step(
     y = u.new_empty(rows, channels)
     if rows == 0:
         return y
-    _in_place(state)
-    grid, cut = _grid(rows, channels)
-    tiles = min(TILING.tiles, grid[1])
+    _in_place(state, A.shape[1], 1)
+    grid, cut = _grid(rows, channels, ssm_tile(rows))
     launch(
-        _ssm_kernel, (grid[0], triton.cdiv(grid[1], tiles)),
+        _ssm_kernel, grid,
         u, low, dt_weight, dt_bias, dt_norm, B_norm, C_norm, A.contiguous(), D, z, state, slots, y,
-        rows, channels, tiles, u.stride(0), z.stride(0), state.stride(0), eps,
+        rows, channels, u.stride(0), z.stride(0), state.stride(0), eps,
         # Constants of a model, and no multiples of 16: known, their rows load in wider pieces.
         STRIDE_LOW=low.stride(0), STRIDE_W=dt_weight.stride(0),
         RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]),
-        DOT=_dot_type(low), STAGES=TILING.stages if tiles > 1 else 1, **cut,
+        DOT=_dot_type(low), **cut,
     )  # fmt: skip
     return y
 

@@ -116,15 +116,17 @@ def test_which_keys_are_seen(
         lengths = tuple(9 * length for length in lengths)
     segments = Segments(lengths)
     width = meta + max(lengths)
-    one_hot = torch.eye(width, device=device)[:, None]  # (width, 1, width)
-    v = torch.cat([one_hot[meta : meta + n] for n in lengths])
-    zeros = torch.zeros(segments.total, 1, 2, device=device)
-    front = Meta(zeros.new_zeros(meta, 1, 2), one_hot[:meta]) if meta else None
-    shares = attention(zeros, zeros, v, segments, window, front)[:, 0]
     places = torch.arange(width, device=device) - meta
     rows = torch.cat([torch.arange(n, device=device) for n in lengths])[:, None]
     want = (places <= rows) & ((places < 0) | (window is None) | (rows - places <= (window or 0)))
-    torch.testing.assert_close(shares, want / want.sum(1, keepdim=True), atol=1e-6, rtol=1e-5)
+    for dtype in (torch.float32, torch.bfloat16)[: 1 if device == "cpu" else 2]:  # blocks of each
+        one_hot = torch.eye(width, device=device, dtype=dtype)[:, None]  # (width, 1, width)
+        v = torch.cat([one_hot[meta : meta + n] for n in lengths])
+        zeros = one_hot.new_zeros(segments.total, 1, 2)
+        front = Meta(zeros.new_zeros(meta, 1, 2), one_hot[:meta]) if meta else None
+        shares = attention(zeros, zeros, v, segments, window, front)[:, 0].float()
+        assert torch.equal(shares > 0, want)
+        torch.testing.assert_close(shares, want / want.sum(1, keepdim=True), atol=1e-6, rtol=1e-2)
 
 
 @KINDS
@@ -164,8 +166,13 @@ def test_heads_and_widths(
 @pytest.mark.parametrize("window", [None, 1024])
 @pytest.mark.parametrize(
     ("heads", "widths", "meta"),
-    [((25, 5), (64, 128), 128), ((8, 2), (128, 128), 0), ((8, 8), (64, 64), 0), ((4, 2), (128, 256), 7)],
-)  # fmt: skip
+    [
+        ((25, 5), (64, 128), 128),
+        ((8, 2), (128, 128), 0),
+        ((8, 8), (64, 64), 0),
+        ((4, 2), (128, 256), 7),
+    ],
+)
 def test_sizes_of_models(
     agree: Agree,
     dtype: torch.dtype,
@@ -215,9 +222,8 @@ def test_one_row_behind_a_past(window: int | None, device: str) -> None:
     rows = [inputs[name] for name in ("q", "k", "v")]
     positions = ring(begins, window, 21 if window is None else 5, device)
     shape = (3, 2, positions.shape[1])
-    past = Past(
-        random(*shape, 8, seed=5).to(device), random(*shape, 16, seed=6).to(device), positions, begins
-    )  # fmt: skip
+    k, v = random(*shape, 8, seed=5).to(device), random(*shape, 16, seed=6).to(device)
+    past = Past(k, v, positions, begins)
     meta = Meta(inputs["meta_k"], inputs["meta_v"])
     want = attention_reference(*rows, segments, window, meta, past)
     for op in (attention_chunk, attention):
@@ -329,20 +335,20 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(
 
 @pytest.mark.parametrize("meta", [False, True])
 def test_opcheck(meta: bool, device: str) -> None:
-    segments = Segments((4, 17))
-    inputs = tensors(segments, (2, 1), (8, 16), 3, torch.float32, device)
+    segments = Segments((2, 3))
+    inputs = tensors(segments, (1, 1), (8, 16), 3, torch.float32, device)
     given = {name: x.requires_grad_() for name, x in inputs.items()}
     rows = [given[name] for name in ("q", "k", "v")]
     front = [given["meta_k"], given["meta_v"]] if meta else [None, None]
-    torch.library.opcheck(module._attention, (*rows, [4, 17], 5, *front, True))
+    torch.library.opcheck(module._attention, (*rows, [2, 3], 5, *front, True))
     with torch.no_grad():
-        out, lse = module._attention(*rows, [4, 17], 5, *front, True)
-        args = (out, *rows, out, lse, [4, 17], 5, *front)
+        out, lse = module._attention(*rows, [2, 3], 5, *front, True)
+        args = (out, *rows, out, lse, [2, 3], 5, *front)
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
     torch.library.opcheck(module._attention_backward, plain)
     past = [random(2, 1, 6, 8), random(2, 1, 6, 16)]
     cached = [x.to(device) for x in past] + [ring((2, 9), 5, 6, device), [2, 9]]
-    plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in (*rows, [4, 17], 5, *front))
+    plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in (*rows, [2, 3], 5, *front))
     torch.library.opcheck(module._attention_chunk, (*plain, *cached))
 
 
@@ -368,17 +374,14 @@ def test_compiled_whole() -> None:
 def test_in_a_graph_and_twice_the_same() -> None:
     segments = Segments((100, 30))
     inputs = tensors(segments, (10, 5), (64, 128), 16, torch.bfloat16, "cuda")
-    given = {name: x.requires_grad_() for name, x in inputs.items()}
 
-    def step() -> tuple[Tensor, ...]:
+    def step() -> list[Tensor]:
+        given = {name: x.detach().requires_grad_() for name, x in inputs.items()}
         out = named(attention)(**given, segments=segments, window=50)
-        return out, *torch.autograd.grad(out, list(given.values()), torch.ones_like(out))
+        grads = torch.autograd.grad(out, list(given.values()), torch.ones_like(out))
+        return [out.detach(), *grads]
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        want = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    want, graph = step(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = step()
     graph.replay()

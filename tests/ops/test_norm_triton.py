@@ -19,6 +19,19 @@ pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
+@pytest.fixture(autouse=True)
+def short_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs even for few rows, and less for the interpreter to do."""
+    if device == "cpu":
+        for name in ("forward_tile", "backward_tile"):
+            monkeypatch.setattr(norm_triton, name, small_tile)
+        monkeypatch.setattr(norms_triton, "ROWS", 4)
+
+
+def small_tile(width: int, tensors: int) -> norm_triton.Tile:
+    return norm_triton.Tile(4, 1 << (width - 1).bit_length(), 1, programs=2)
+
+
 @pytest.fixture
 def rows(device: str) -> Rows:
     """rows(*shape, dtype, seed): of another size each, so that a mistaken scale shows."""

@@ -30,9 +30,7 @@ def tables(rows: int, width: int, device: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 2), (7, 5, 6), (13, 3, 16), (0, 2, 4), (1000, 25, 64)], ids=str
 )
-def test_plain(
-    agree: Agree, shape: tuple[int, int, int], dtype: torch.dtype, device: str
-) -> None:
+def test_plain(agree: Agree, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
     if shape[0] == 1000 and device == "cpu":
         pytest.skip("for a GPU")
     x = random(*shape, dtype=dtype, device=device)

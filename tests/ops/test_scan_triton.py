@@ -120,7 +120,9 @@ def test_extremes(device: str, source: str) -> None:
     given = inputs(segments, 4, 8, device=device)
     given["dt"][0], given["dt"][1], given["A"][0] = 80.0, -80.0, -torch.inf
     for got, want in zip(
-        selective_scan(**given, segments=segments), in_double(**given, segments=segments), strict=True
+        selective_scan(**given, segments=segments),
+        in_double(**given, segments=segments),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
@@ -140,7 +142,7 @@ def test_one_node_for_a_compiler(device: str, source: str) -> None:
     state = given.pop("initial_state")
     order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
     tensors = [given[name].requires_grad_() for name in order]
-    torch.library.opcheck(_scan, (*tensors, [5, 2], state.requires_grad_(), True))
+    torch.library.opcheck(_scan.op, (*tensors, [5, 2], state.requires_grad_(), True))
 
 
 @pytest.mark.gpu
@@ -151,7 +153,7 @@ def test_many_pieces_and_one(monkeypatch: pytest.MonkeyPatch, agree: Callable[..
     segments = Segments((300, 95, 513))
     given = inputs(segments, 130, 16, device="cuda")
     forward = scan_cuda.forward_plan(segments, 130)
-    adjoint, backward = scan_cuda.backward_plan(segments, 130)
+    adjoint, backward = scan_cuda.backward_plan(segments, 130, 16)
     for tiles in (1, 3, 100):
         plans = forward._replace(tiles=tiles), (adjoint, backward._replace(tiles=tiles))
         monkeypatch.setattr(scan_cuda, "forward_plan", lambda *_, p=plans[0]: p)

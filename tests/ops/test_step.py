@@ -258,11 +258,12 @@ def test_operators_are_registered_as_they_are(device: str) -> None:
 
 
 @needs_triton
-def test_compiled_whole(device: str) -> None:
+def test_compiled_whole(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hymba.ops import step_triton as kernels
 
     if device == "cpu":
         pytest.skip("on a GPU")
+    monkeypatch.undo()  # the compiler does not follow memory that is made NaN
     x = branch(LARGE[1], torch.bfloat16, device)
 
     @torch.compile(fullgraph=True)
