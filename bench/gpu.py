@@ -10,6 +10,7 @@ medians are, and a smaller difference than that is noise.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -44,9 +45,8 @@ def need_cuda(program: str) -> None:
 
 
 def slug(device: str) -> str:
-    """How a device is named in a file name: "NVIDIA H200" is h200."""
-    words = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return words.removeprefix("nvidia-").removeprefix("geforce-")
+    """How a device is named in a file name: "NVIDIA H200" is nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def machine(benchmark: str) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def machine(benchmark: str) -> dict[str, Any]:
         "power_limit_w": smi("power.limit"),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "cuda_core": _version("cuda-core"),
         "python": platform.python_version(),
         "backend": os.environ.get("HYMBA_BACKEND", "triton"),
     }
@@ -111,8 +112,10 @@ class Stopwatch:
 
     def time(self, work: Callable[[], Any], flush: bool = True) -> Timing:
         """Median ms of `work`, which is run a few times first."""
-        once = self._medians(work, 2, flush)  # compiles, fills caches
-        runs = max(3, min(40, int(500 * self.seconds / max(once, 1e-3))))
+        self._medians(work, 1, flush)  # compiles, fills caches
+        once = self._medians(work, 1, flush)
+        least = 3 if once < 500 * self.seconds else 2
+        runs = max(least, min(40, int(500 * self.seconds / max(once, 1e-3))))
         first, second = self._medians(work, runs, flush), self._medians(work, runs, flush)
         ms = (first + second) / 2
         return Timing(ms, abs(first - second) / ms, 2 * runs)
@@ -213,6 +216,7 @@ def attempt(what: str, work: Callable[[], Any]) -> Any:
             traceback.print_exc()
         return None
     finally:
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -251,6 +255,7 @@ def headline(data: Mapping[str, Any]) -> str:
         f"{data['device']}, driver {data['driver']}, torch {data['torch']}, "
         f"triton {data['triton']}, backend {data['backend']}\n"
         f"read {c['read_bytes_per_s'] / 1e12:.2f} TB/s, copy {c['copy_bytes_per_s'] / 1e12:.2f} "
-        f"TB/s, bf16 {c['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s, exponentials "
+        f"TB/s, bf16 {c['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s (sustained "
+        f"{c['matrix_sustained_flops_per_s'] / 1e12:.0f}), exponentials "
         f"{c['exps_per_s'] / 1e12:.2f} T/s (a clock of {c['clock_hz'] / 1e9:.2f} GHz)"
     )

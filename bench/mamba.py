@@ -14,14 +14,17 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 NAME = "selective_scan_bf16"
 KERNELS = Path("csrc/selective_scan")
+LONGEST = 240  # seconds to wait for a build
 SIZES = [(32, 4), (32, 8), (32, 16), (64, 16), (128, 16)]  # threads, items: its launch sizes
 FLAGS = """-O3 --use_fast_math --expt-relaxed-constexpr --expt-extended-lambda
     -U__CUDA_NO_HALF_OPERATORS__ -U__CUDA_NO_HALF_CONVERSIONS__ -U__CUDA_NO_BFLOAT16_OPERATORS__
@@ -86,6 +89,7 @@ def write_files(folder: Path) -> list[Path]:
     return [folder / file for file in texts]
 
 
+@cache
 def load(source: Path) -> Any:
     """The extension's module, with `fwd` and `bwd`; builds it where that has not been done."""
     from torch.utils import cpp_extension
@@ -109,20 +113,25 @@ def load(source: Path) -> Any:
     )
 
 
+def version(source: Path) -> str:
+    """As its source package is named: mamba_ssm-2.3.2.tar.gz is 2.3.2."""
+    return source.name.removesuffix(".tar.gz").rpartition("-")[2]
+
+
 class Build:
     """A build in the background: `kernels()` waits for it."""
 
     def __init__(self, source: Path):
         self.source, self.module = source, None
-        command = [sys.executable, "-m", "bench.mamba", str(source)]
+        command = [sys.executable, "-m", "bench.mamba", str(source.resolve())]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def kernels(self) -> Any:
         """The module; raises with the build's last lines where it failed."""
         if self.module is None:
-            said, _ = self.process.communicate()
+            said, _ = self.process.communicate(timeout=LONGEST)
             if self.process.returncode:
                 raise RuntimeError(f"the build of mamba-ssm failed: {' / '.join(errors(said))}")
             self.module = load(self.source)

@@ -50,6 +50,8 @@ def build(config: Config) -> LanguageModel:
 
 def compiled(model: LanguageModel, on: bool = True) -> None:
     """Each block compiled by itself, or (on=False) as it is written."""
+    import torch._dynamo
+
     torch._dynamo.config.recompile_limit = 64  # a variant for each kind of layer
     torch._dynamo.config.accumulated_recompile_limit = 1024
     for block in model.decoder.layers:
@@ -92,10 +94,12 @@ def speed(flops: float, tokens: int, ms: float, spread: float, matrix_rate: floa
     }
 
 
-def speed_line(row: Mapping[str, Any]) -> str:
+def speed_line(row: Mapping[str, Any], matrix_rate: float) -> str:
+    """The rate counts useful work; MFU is its share of the matrix rate of the same run."""
     return (
         f"{row['name']:38} {row['ms']:8.2f} ms ±{row['spread']:<4.0%} "
-        f"{row['tokens_per_s']:7} tokens/s {row['tflop_per_s']:5.0f} TFLOP/s  MFU {row['mfu']:.1%}"
+        f"{row['tokens_per_s']:7} tokens/s {row['tflop_per_s']:5.0f} TFLOP/s, "
+        f"MFU {row['mfu']:.1%} of the {matrix_rate / 1e12:.0f} measured in this run"
     )
 
 
@@ -107,8 +111,9 @@ def own_kernels() -> dict[str, str]:
     """{name of a kernel: part}, read off the files of hymba/ops; "this or that" where two files
     have a kernel of one name."""
     found: dict[str, set[str]] = {}
-    for path in Path(ops.__path__[0]).glob("*"):
-        text = path.read_text(encoding="utf-8") if path.suffix in (".py", ".cu") else ""
+    for path in Path(ops.__path__[0]).rglob("*"):
+        source = path.suffix in (".py", ".cu", ".cuh")
+        text = path.read_text(encoding="utf-8") if source else ""
         names = re.findall(r"@triton\.jit\b.*\n(?:@.*\n)*def (\w+)", text)
         names += re.findall(CUDA_KERNEL, text)
         file = re.split(r"[_.]", path.name)[0]

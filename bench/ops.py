@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 
 HYMBA_BACKEND=torch measures plain PyTorch in place of the kernels.
 """
-GROUPS = ("attention", "decode", "conv", "elementwise", "head", "ssm", "scan")
+GROUPS = ("attention", "decode", "scan", "ssm", "elementwise", "conv", "head")
 PEER_TOLERANCE = 5e-2  # a peer may round more often than we do
 
 
@@ -191,9 +191,8 @@ class Bench:
     def row(self, case: Case, make: dict, kind: str, work: Work) -> dict[str, Any]:
         once = make[kind]()
         found = {}
-        if case.graph:
+        if case.host:
             found["host_us"] = rounded(gpu.host_us(once))
-            once = gpu.graphed(once)
         timing = self.watch.time(once)
         name, least = limit(work, self.ceilings)
         return {
@@ -226,7 +225,6 @@ class Bench:
             if kind == "inference" and "forward" in rows:
                 continue  # forward says it
             once = make[kind]()
-            once = gpu.graphed(once) if case.graph and peer.graph else once
             timing = self.watch.time(once)
             found = {"ms": rounded(timing.ms), "times": rounded(timing.ms / row["ms"], 3)}
             row["peers"][label] = found
@@ -287,12 +285,13 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     report = gpu.Report(gpu.json_path(options, "ops"), gpu.machine("ops"))
-    watch = Stopwatch(0.08 if options.quick else 0.25)
+    watch = Stopwatch(0.04 if options.quick else 0.1)
     limits = ceilings(watch)
     report.put(ceilings={k: rounded(v) for k, v in limits.items()}, clocks=gpu.clocks())
     print(gpu.headline(report.data), flush=True)
     wanted = options.mamba_ssm if "scan" in options.only else None
     build = None if wanted is None else mamba.Build(wanted)
+    report.put(mamba_ssm=None if build is None else mamba.version(wanted))
     bench, begin = Bench(report, watch, limits), time.monotonic()
     for group in options.only:
         for builder in CASES[group](Options(options.quick, build)):

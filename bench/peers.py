@@ -36,7 +36,6 @@ class Peer(NamedTuple):
     inputs: list[Tensor]
     ours: Callable[[Any], Tensor] | None = None  # its first output, laid out as our op's
     same: Callable[[], Any] | None = None  # our op asked the same, where it is not the case itself
-    graph: bool = False  # may be timed as a CUDA graph
 
 
 # Plain PyTorch of our own
@@ -113,6 +112,7 @@ def flat(out: Tensor) -> Tensor:
 
 @cache
 def _compiled_flex() -> Any:
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 64  # one compilation a mask and size

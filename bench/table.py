@@ -39,7 +39,6 @@ SHOWN = (
     ("rotary", "rotate", ("",)),
     ("linear + cross-entropy", "linear + CE", ("",)),
 )
-PASSES = {"forward": "forward", "backward": "backward", "inference": "", "both": "both"}
 
 
 def found(folder: Path, benchmark: str) -> Iterator[dict[str, Any]]:
@@ -74,37 +73,54 @@ def headed(data: Mapping[str, Any], what: str) -> str:
 
 def ops_table(data: Mapping[str, Any]) -> str:
     lines = [
-        headed(data, "Kernels, bfloat16"),
+        headed(data, "Kernels, bfloat16, forward / backward,"),
         "",
-        "| op | size | pass | ms | rate | of the limit | best peer |",
-        "|---|---|---|---|---|---|---|",
+        "| op | size | ms | rate | share of the limit | best peer, its time over ours |",
+        "|---|---|---|---|---|---|",
     ]
     for title, op, sizes in SHOWN:
         rows = [row for row in data.get("results", []) if row["op"] == op and "ms" in row]
-        trained = {row["size"] for row in rows if row["pass"] == "forward"}
-        for row in rows:
-            again = row["pass"] == "inference" and row["size"] in trained  # forward says it
-            if row["size"].startswith(sizes) and not again:
-                lines.append(ops_row(title, row))
+        for size in dict.fromkeys(row["size"] for row in rows):
+            if size.startswith(sizes):
+                lines.append(ops_row(title, size, [row for row in rows if row["size"] == size]))
     return "\n".join(lines)
 
 
-def ops_row(title: str, row: Mapping[str, Any]) -> str:
-    compute = row["limit"] == "FLOPs"
-    rate = f"{row['tflop_per_s']:.0f} TFLOP/s" if compute else f"{row['gb_per_s']:,.0f} GB/s"
-    size = row["size"].replace(" x ", "×")
-    share = f"{row['share']:.0%} ({row['limit']})"
-    cells = [title, size, PASSES[row["pass"]], f"{row['ms']:.3g}", rate, share, best_peer(row)]
+def ops_row(title: str, size: str, rows: list[dict[str, Any]]) -> str:
+    """One line for what was timed of an op at one size; a forward makes inference superfluous."""
+    trained = [row for row in rows if row["pass"] != "inference"]
+    rows = trained or rows
+    cells = [
+        title + (", both passes at once" if rows[0]["pass"] == "both" else ""),
+        size.replace(" x ", "×"),
+        " / ".join(f"{row['ms']:.3g}" for row in rows),
+        joined([rate(row) for row in rows]),
+        joined([(f"{row['share']:.0%}", f"of {row['limit']}") for row in rows]),
+        joined([best_peer(row) for row in rows]),
+    ]
     return f"| {' | '.join(cells)} |"
 
 
-def best_peer(row: Mapping[str, Any]) -> str:
-    """The fastest of the others, and its time over ours."""
+def joined(parts: list[tuple[str, str]]) -> str:
+    """(number, what of) of each pass; what is the same is said once."""
+    if len({what for _, what in parts}) == 1:
+        return f"{' / '.join(number for number, _ in parts)} {parts[0][1]}".strip()
+    return " / ".join(f"{number} {what}".strip() for number, what in parts)
+
+
+def rate(row: Mapping[str, Any]) -> tuple[str, str]:
+    compute = row["limit"] == "FLOPs"
+    return (f"{row['tflop_per_s']:.0f}", "TFLOP/s") if compute else (
+        f"{row['gb_per_s']:,.0f}", "GB/s"
+    )  # fmt: skip
+
+
+def best_peer(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The fastest of the others."""
     if not row["peers"]:
-        return ""
+        return "", ""
     name = min(row["peers"], key=lambda peer: row["peers"][peer]["ms"])
-    peer = row["peers"][name]
-    return f"{PEERS.get(name, name)} {peer['ms']:.3g} ({peer['times']:.1f}×)"
+    return f"{row['peers'][name]['times']:.1f}×", PEERS.get(name, name)
 
 
 def train_table(data: Mapping[str, Any]) -> str:

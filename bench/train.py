@@ -92,7 +92,10 @@ class Training:
         row: dict[str, Any] = {"name": name}
         row |= speed(self.flops, len(self.ids), timing.ms, timing.spread, matrix_rate)
         row |= {"peak_gib": rounded(peak / 2**30), "loss": rounded(loss, 6)}
-        print(f"{speed_line(row)}  {row['peak_gib']:.1f} GiB  loss {loss:.4f}", flush=True)
+        print(
+            f"{speed_line(row, matrix_rate)}  {row['peak_gib']:.1f} GiB  loss {loss:.4f}",
+            flush=True,
+        )
         return row
 
     def explain(self, row: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
@@ -141,8 +144,6 @@ def doors_of(variant: str, source: Any) -> Any:
         return nullcontext()
     from bench import mamba
 
-    if source is None:
-        raise LookupError("needs mamba-ssm's source package: --mamba-ssm or MAMBA_SSM_SOURCE")
     return replaced(released(mamba.load(source), elementwise=variant == "released"))
 
 
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         ahead = mamba.Build(options.mamba_ssm)
     torch.manual_seed(0)
     watch = Stopwatch(1.0)
-    limits = ceilings(watch)
+    limits = ceilings(Stopwatch(0.1))
     report = gpu.Report(gpu.json_path(options, "train"), gpu.machine("train"))
     training = Training(options)
     report.put(
@@ -194,16 +195,20 @@ def main(argv: list[str] | None = None) -> int:
     if off is None or off > TOLERANCE:
         print(f"hidden states differ from plain PyTorch's by {off}: no speed", file=sys.stderr)
         return 1
-    if ahead is not None:
-        attempt("mamba-ssm", ahead.kernels)
+    report.put(optimiser_ms=attempt("optimiser", lambda: training.optimiser(watch)))
+    rest = training, watch, limits, report
+    kernels = None if ahead is None else attempt("mamba-ssm", ahead.kernels)
+    report.put(mamba_ssm=None if kernels is None else mamba.version(options.mamba_ssm))
     for variant in options.variants:
+        if variant != "ours" and kernels is None:
+            print(f"{variant}: needs mamba-ssm's source package: --mamba-ssm or MAMBA_SSM_SOURCE")
+            continue
         for fused in (False, True) if options.compile else (False,):
             run = Variant(variant, fused, options.checkpoint)
-            attempt(run.title, lambda: fitting(run, training, watch, limits, report))  # noqa: B023
+            attempt(run.title, lambda: fitting(run, *rest))  # noqa: B023
     if any(row["checkpoint"] for row in report.data.get("results", [])) and not options.checkpoint:
         run = Variant("ours", False, True)  # beside a peer that had to be
-        attempt(run.title, lambda: one(run, training, watch, limits, report))
-    report.put(optimiser_ms=attempt("optimiser", lambda: training.optimiser(watch)))
+        attempt(run.title, lambda: one(run, *rest))
     report.put(clocks=gpu.clocks())
     print(f"AdamW (fused) {report.data['optimiser_ms']} ms; hidden states differ from plain "
           f"PyTorch's by {off}\nwritten: {report.path}")  # fmt: skip

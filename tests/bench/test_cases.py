@@ -28,7 +28,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cases, name, value)
     monkeypatch.setattr(cases, "DEVICE", "cpu")
     monkeypatch.setattr(peers, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "graphed", lambda work: work)
     monkeypatch.setattr(gpu, "host_us", lambda work: 1.0)
 
 
@@ -178,6 +177,11 @@ def test_every_size_of_mamba_ssm_is_built_once(tmp_path: Path) -> None:
         named = f"template void selective_scan_bwd_launch<{threads}, {items}, at::BFloat16, float>"
         assert f"extern {named}" in chooser
         assert named in (tmp_path / f"bwd_{threads}_{items}.cu").read_text()
+
+
+@pytest.mark.parametrize("name", ["mamba_ssm-2.3.2.post1.tar.gz", "mamba_ssm-2.3.2.post1"])
+def test_version_of_a_source(name: str) -> None:
+    assert mamba.version(Path("somewhere") / name) == "2.3.2.post1"
 
 
 def test_what_a_failed_build_says() -> None:

@@ -9,13 +9,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from bench import gpu, model, train
+from hymba import ops
+from hymba.config import Config
+from hymba.model.decoder import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("ops", "train", "prefill")
@@ -92,9 +97,9 @@ def test_source_of_mamba_ssm_from_the_environment(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("device", "name"),
     [
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
-        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA H200", "nvidia-h200"),
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
     ],
 )
 def test_slug(device: str, name: str) -> None:
@@ -147,8 +152,53 @@ def test_parts_of_our_kernels_are_read_off_their_files() -> None:
     own = model.own_kernels()
     assert {part for parts in own.values() for part in parts.split(" or ")} <= set(model.PARTS)
     assert all(model.part_of(name) == part for name, part in own.items())
-    cuda = [name for name in own if name.startswith("scan_")]
+    cuda = ["scan_forward", "scan_adjoint", "scan_backward"]
+    assert set(cuda) <= set(own)
     assert all(model.part_of(f"void {name}<__nv_bfloat16, 16>(float*)") == "scan" for name in cuda)
+
+
+def test_what_the_device_runs_is_of_one_part() -> None:
+    """A breakdown goes by name, so no two files may launch kernels of one name. (Functions that
+    kernels call never run by themselves.)"""
+    launched = {name: part for name, part in model.own_kernels().items() if "kernel" in name}
+    assert launched and not [name for name, part in launched.items() if " or " in part]
+
+
+@pytest.fixture
+def tiny_model(
+    tiny: Callable[[str], Config], lively: Callable[..., LanguageModel]
+) -> LanguageModel:
+    return lively(tiny("hymba"), dtype=torch.bfloat16)
+
+
+def test_plain_is_no_different_from_plain(tiny_model: LanguageModel) -> None:
+    assert model.difference(tiny_model, tokens=24) == 0
+
+
+def test_a_wrong_op_makes_a_model_different(
+    tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ops.selective_scan
+
+    def wrong(*inputs: Any, **named: Any) -> Any:
+        y, state = right(*inputs, **named)
+        return y + 0.1 * named["u"], state  # not a factor: the norm behind it would take it out
+
+    monkeypatch.setattr(ops, "selective_scan", wrong)
+    assert model.difference(tiny_model, tokens=24) > model.TOLERANCE
+
+
+def test_compiling_is_undone(tiny_model: LanguageModel) -> None:
+    model.compiled(tiny_model)
+    assert all(block._compiled_call_impl for block in tiny_model.decoder.layers)
+    model.compiled(tiny_model, False)
+    assert not any(block._compiled_call_impl for block in tiny_model.decoder.layers)
+
+
+def test_mfu_is_a_share_of_what_was_measured() -> None:
+    row = {"name": "ours"} | model.speed(4e14, 16384, 1000.0, 0.01, 8e14)
+    assert (row["mfu"], row["tflop_per_s"], row["tokens_per_s"]) == (0.5, 400.0, 16384)
+    assert "400 TFLOP/s, MFU 50.0% of the 800 measured in this run" in model.speed_line(row, 8e14)
 
 
 def test_parts_add_up() -> None:

@@ -27,9 +27,11 @@ def row(op: str, size: str, kind: str, **more: Any) -> dict[str, Any]:
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     peers = {"torch": {"ms": 50.0, "times": 100.0}, "mamba-ssm": {"ms": 0.92, "times": 2.04}}
+    slower = {"mamba-ssm": {"ms": 4.6, "times": 3.07}}
     ops = [
         row("scan", "8 x 2048", "inference", ms=0.3),
         row("scan", "8 x 2048", "forward", peers=peers),
+        row("scan", "8 x 2048", "backward", ms=1.5, share=0.4, limit="exps", peers=slower),
         row("attention decode", "batch 1, full cache of 8192 + 128 meta", "inference"),
         {"op": "conv", "size": "8 x 2048", "failed": {"out 0": 0.5}},
         row("linear + CE", "16384 x 1600 x 32001", "both", limit="FLOPs", tflop_per_s=600.4),
@@ -53,12 +55,12 @@ def test_rows(results: Path) -> None:
     made = table.generate(results)
     rows = [line for line in made.splitlines() if line.startswith("| ")]
     assert rows[1:4] == [
-        "| selective scan | 8×2048 | forward | 0.457 | 1,234 GB/s | 51% (bytes) "
-        "| mamba-ssm 0.92 (2.0×) |",
-        "| attention, decode | batch 1, full cache of 8192 + 128 meta |  | 0.457 | 1,234 GB/s "
-        "| 51% (bytes) |  |",
-        "| linear + cross-entropy | 16384×1600×32001 | both | 0.457 | 600 TFLOP/s "
-        "| 51% (FLOPs) |  |",
+        "| selective scan | 8×2048 | 0.457 / 1.5 | 1,234 / 1,234 GB/s | 51% of bytes / 40% of exps "
+        "| 2.0× / 3.1× mamba-ssm |",
+        "| attention, decode | batch 1, full cache of 8192 + 128 meta | 0.457 | 1,234 GB/s "
+        "| 51% of bytes |  |",
+        "| linear + cross-entropy, both passes at once | 16384×1600×32001 | 0.457 | 600 TFLOP/s "
+        "| 51% of FLOPs |  |",
     ]
     assert "| ours | 400 | 40,960 | 43.2% | 56 GiB |" in rows
     assert "| ours | 400.2 | 40,960 | 43.2% |" in rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import exp
 
 import pytest
@@ -12,9 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hymba import ops
 from hymba.ops import Segments
-from hymba.ops.backend import _twin, backend
 from hymba.ops.conv import causal_conv, causal_conv_reference
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
@@ -113,37 +111,3 @@ def test_two_parts_are_the_whole(cut: int, seed: int) -> None:
     second, final = causal_conv(x[cut:], weight, bias, Segments((11 - cut,)), state)
     torch.testing.assert_close(torch.cat([first, second]), want, atol=1e-12, rtol=0)
     assert torch.equal(final, want_final)
-
-
-@pytest.fixture
-def undecided() -> Iterator[None]:
-    """No backend chosen yet, and none chosen here left to others."""
-    backend.cache_clear(), _twin.cache_clear()
-    yield
-    backend.cache_clear(), _twin.cache_clear()
-
-
-@pytest.mark.usefixtures("undecided")
-@pytest.mark.parametrize("name", ["torch", "reference"])
-def test_the_door(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """hymba.ops.causal_conv is the fast one, and the other when HYMBA_BACKEND asks for it."""
-    monkeypatch.setenv("HYMBA_BACKEND", name)
-    for op in ("causal_conv", "causal_conv_reference"):
-        monkeypatch.setattr(conv_module, op, lambda *_, op=op: op)
-    taken = ops.causal_conv(random(4, 3), random(3, 4), None, Segments((4,)))
-    assert taken == {"torch": "causal_conv", "reference": "causal_conv_reference"}[name]
-
-
-@pytest.mark.usefixtures("undecided")
-def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYMBA_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="HYMBA_BACKEND='nonsense' is not one of triton, torch"):
-        ops.causal_conv(random(4, 3), random(3, 4), None, Segments((4,)))
-
-
-@pytest.mark.usefixtures("undecided")
-def test_a_device_without_kernels_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    for _ in range(3):
-        assert backend("mps") == backend("cpu") == "torch"
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "no kernels for mps" in caplog.text
