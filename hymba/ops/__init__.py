@@ -29,6 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rms_norms",
+    "rope_and_store",
     "rotate",
     "selective_scan",
     "ssm_step",
@@ -119,7 +120,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return twin("rotate", "rotary", x)(x, cos, sin)
 
 
-# The decode step of the SSM branch: one new token a row, states updated in place by slot.
+# The decode step: one new token a row, what a cache keeps updated in place by slot.
+
+
+def rope_and_store(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    store_k: Tensor | None,
+    store_v: Tensor | None,
+    slots: Tensor,
+    places: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """q (S, H, h) and k (S, G, h) turned; k and v (S, G, e) written to their places of the slots.
+    Without k, v and stores (another layer's are read) only q is turned."""
+    op = twin("rope_and_store", "step", q)
+    return op(q, k, v, cos, sin, store_k, store_v, slots, places)
 
 
 def conv_step(

@@ -3,7 +3,9 @@
 
 What bounds it: bytes. A place of the cache is G (h + e) numbers, read once, and a handful of
 multiply-adds for each; so everything here serves wide loads, several in flight on every
-multiprocessor. How far from it: see the table of the README.
+multiprocessor. How far from it, on an H200 with the heads of the 1.5B: 98% of the read bandwidth at
+128 rows of 8192 places, 81% at 16 rows; 76% and 50% in window layers of 1025, where two launches
+and their ends weigh more.
 
     places of row 0   |------- split 0 -------|------- split 1 -------|- 2 -|  and its new token
     places of row 1   |------- split 0 -------|-- (behind its length: nothing)
@@ -31,7 +33,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hymba.ops.attention import Meta, Past
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 from hymba.ops.segments import Segments
 
 EVERYTHING = 2**31 - 1  # a window that hides nothing
@@ -224,7 +226,7 @@ def _meta_part(
 
 # Not for each batch size and length a kernel of its own.
 @triton.jit(do_not_specialize=["S", "P", "M", "splits", "chunk", "window", "meta_programs"])
-def _decode_kernel(
+def _attention_decode_kernel(
     q, k, v, past_k, past_v, positions, begin, meta_k, meta_v, parts, out,
     S, P, M, splits, chunk, window, meta_programs, scale,
     stride_q, stride_qh, stride_k, stride_kg, stride_v, stride_vg,
@@ -261,7 +263,7 @@ def _decode_kernel(
 
 
 @triton.jit(do_not_specialize=["ROWS", "total"])
-def _combine_kernel(
+def _attention_combine_kernel(
     parts, out, ROWS, total,
     WIDTH_V: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -326,7 +328,7 @@ def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("hymba::attention_decode", mutates_args=())
+@operator("attention_decode")
 def decode_at(
     q: Tensor,
     k: Tensor,
@@ -360,7 +362,7 @@ def decode_at(
     chained = total > 1 and _chains(q.device)
     block_e = max(16, triton.next_power_of_2(value_width))
     launch(
-        _decode_kernel, (rows * groups * splits + meta_programs,),
+        _attention_decode_kernel, (rows * groups * splits + meta_programs,),
         q, k, v, past_k, past_v, positions, begin, meta_k, meta_v, parts, out,
         rows, places, meta_k.shape[0], splits, chunk,
         EVERYTHING if window is None else window, meta_programs, LOG2E * width**-0.5,
@@ -376,7 +378,7 @@ def decode_at(
     if total > 1:
         tile = min(32, triton.next_power_of_2(total))
         launch(
-            _combine_kernel, (rows * heads,), parts, out, rows * heads, total,
+            _attention_combine_kernel, (rows * heads,), parts, out, rows * heads, total,
             WIDTH_V=value_width, BLOCK_E=block_e, TILE=tile, CHAINED=chained,
             num_warps=max(1, tile // 8), **({"launch_pdl": True} if chained else {}),
         )  # fmt: skip

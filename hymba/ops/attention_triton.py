@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hymba.ops.attention import Meta, Past
 from hymba.ops.attention import attention as plain_attention
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 from hymba.ops.segments import Segments
 
 LOG2E = 1.4426950408889634
@@ -242,7 +242,7 @@ def attention_chunk(
     )  # fmt: skip
 
 
-@torch.library.custom_op("hymba::attention", mutates_args=())
+@operator("attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -272,7 +272,7 @@ def _(
     return _outputs(q, v, save)
 
 
-@torch.library.custom_op("hymba::attention_chunk", mutates_args=())
+@operator("attention_chunk")
 def _attention_chunk(
     q: Tensor,
     k: Tensor,
@@ -429,7 +429,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _attention.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("hymba::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _attention_backward(
     grad: Tensor,
     q: Tensor,

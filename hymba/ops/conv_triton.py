@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 from hymba.ops.partials_triton import add_up, processors
 from hymba.ops.segments import Segments
 
@@ -292,7 +292,7 @@ def causal_conv(
     return _causal_conv(x, weight, bias, list(segments.lengths), initial_state)
 
 
-@torch.library.custom_op("hymba::causal_conv", mutates_args=())
+@operator("causal_conv")
 def _causal_conv(
     x: Tensor,
     weight: Tensor,
@@ -355,7 +355,7 @@ def _grid(tile: Tile, rows: int, channels: int) -> tuple[int]:
     return (triton.cdiv(rows, tile.rows) * triton.cdiv(channels, tile.channels),)
 
 
-@torch.library.custom_op("hymba::causal_conv_backward", mutates_args=())
+@operator("causal_conv_backward")
 def _causal_conv_backward(
     dout: Tensor,
     dfinal: Tensor | None,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 from hymba.ops.loss import IGNORE
 
 CHUNK_ROWS = 4096
@@ -77,7 +77,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return _linear_cross_entropy(hidden, weight, labels, *want)[0]
 
 
-@torch.library.custom_op("hymba::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

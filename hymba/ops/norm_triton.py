@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 from hymba.ops.partials_triton import add_up, processors
 
 
@@ -202,7 +202,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _add_rms_norm(x, residual, weight, eps)
 
 
-@torch.library.custom_op("hymba::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     _norm_rows(x, None, weight, out, None, eps)
@@ -214,7 +214,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
 
 
-@torch.library.custom_op("hymba::add_rms_norm", mutates_args=())
+@operator("add_rms_norm")
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, total = _like_sum(x, residual, weight)
     _norm_rows(x, residual, weight, out, total, eps)
@@ -245,7 +245,7 @@ def _norm_rows(
     )  # fmt: skip
 
 
-@torch.library.custom_op("hymba::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _rms_norm_backward(
     dout: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, eps: float, want_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -320,7 +320,7 @@ def fuse_heads(
     return _fuse_heads(attention, ssm, attention_weight, ssm_weight, eps)
 
 
-@torch.library.custom_op("hymba::fuse_heads", mutates_args=())
+@operator("fuse_heads")
 def _fuse_heads(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float) -> Tensor:
     out = _like_mean(a, b, a_weight, b_weight)
     if not a.numel():
@@ -345,7 +345,7 @@ def _like_mean(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: fl
     return a.new_empty(a.shape, dtype=kind)
 
 
-@torch.library.custom_op("hymba::fuse_heads_backward", mutates_args=())
+@operator("fuse_heads_backward")
 def _fuse_heads_backward(
     dout: Tensor,
     a: Tensor,

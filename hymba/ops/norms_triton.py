@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 from hymba.ops.norm_triton import Tile, flat, normed, rms_norm, through_norm, walkers
 from hymba.ops.partials_triton import add_up
 
@@ -100,7 +100,7 @@ def rms_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> list[Tensor]:
     return [rms_norm(part, weight, eps) for part, weight in zip(parts, weights, strict=True)]
 
 
-@torch.library.custom_op("hymba::three_norms", mutates_args=())
+@operator("three_norms")
 def _three_norms(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +132,7 @@ def _widths(weights: Sequence[Tensor]) -> dict[str, int]:
     return found
 
 
-@torch.library.custom_op("hymba::three_norms_backward", mutates_args=())
+@operator("three_norms_backward")
 def _three_norms_backward(
     d1: Tensor,
     d2: Tensor,

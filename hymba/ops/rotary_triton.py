@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 
 BLOCK, WARPS = 1024, 4  # pairs of a program
 
@@ -46,7 +46,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _rotate(x, cos, sin, False)
 
 
-@torch.library.custom_op("hymba::rotate", mutates_args=())
+@operator("rotate")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     out = x.new_empty(x.shape)
     if not x.numel():

@@ -5,7 +5,8 @@ What bounds them: bytes, of which the SSM states are nearly all (read and writte
 number; at 128 rows of 3200 channels and 16 states 52 MB); at few rows the time to start a kernel.
 So one kernel does all that stands between x_proj and the output: the three norms and the small
 product for dt are computed again in every program, from the second-level cache, while its states
-are on their way. How far from it: see the table of the README.
+are on their way. How far from it, on an H200: `ssm_step` of 128 rows of the 1.5B took 20.4 us,
+and torch reads and writes the same states in 15.0; the rest are instructions, many of the norms.
 
 A program has a few rows and a block of channels: its states (rows, channels, n) are, for each row,
 one contiguous piece of memory.
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -28,9 +29,8 @@ STATE_TILE = 1, 128, 4
 
 
 def ssm_tile(rows: int) -> tuple[int, int, int]:
-    """What every program computes again for its rows costs more the more rows there are; what
-    stands alone on a multiprocessor should be short."""
-    return (1, 16, 1) if rows == 1 else (4, 8, 1) if rows <= 32 else (8, 8, 1)
+    """Many rows at once share what is computed for channels, few leave more programs."""
+    return (4, 8, 1) if rows <= 32 else (8, 8, 1)
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _softplus(x):
 
 
 @triton.jit(do_not_specialize=["S"])
-def _conv_kernel(
+def _conv_step_kernel(
     x, weight, bias, state, slots, out, S, E,
     stride_x, stride_s, stride_sk, STRIDE_WE: tl.constexpr, STRIDE_WK: tl.constexpr,
     TAPS: tl.constexpr, BIAS: tl.constexpr,
@@ -125,7 +125,7 @@ def _advance(h, x, dt, A, B, C, D, z):
 
 
 @triton.jit(do_not_specialize=["S"])
-def _state_kernel(
+def _state_step_kernel(
     u, dt, A, B, C, D, z, dt_bias, state, slots, y,
     S, E, stride_u, stride_dt, stride_B, stride_C, stride_z, stride_s,
     STATES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -152,7 +152,7 @@ def _state_kernel(
 
 
 @triton.jit(do_not_specialize=["S"])
-def _ssm_kernel(
+def _ssm_step_kernel(
     u, low, dt_weight, dt_bias, dt_norm, B_norm, C_norm, A, D, z, state, slots, y,
     S, E, stride_u, stride_z, stride_s, eps,
     STRIDE_LOW: tl.constexpr, STRIDE_W: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
@@ -202,7 +202,7 @@ def _turned(x, row_at, cos, sin, head, pair, mask, stride_h, HALF: tl.constexpr)
 
 
 @triton.jit
-def _rope_kernel(
+def _rope_and_store_kernel(
     q, k, v, cos, sin, store_k, store_v, slots, places, q_out, k_out,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_cos, stride_sin,
     stride_sk, stride_skg, stride_skp, stride_sv, stride_svg, stride_svp,
@@ -255,12 +255,11 @@ def _grid(
     rows: int, channels: int, tile: tuple[int, int, int]
 ) -> tuple[tuple[int, int], dict[str, int]]:
     at_once, block, warps = tile
-    at_once = min(at_once, triton.next_power_of_2(rows))
     cut = {"ROWS": at_once, "BLOCK": block, "num_warps": warps}
     return (triton.cdiv(channels, block), triton.cdiv(rows, at_once)), cut
 
 
-@torch.library.custom_op("hymba::conv_step", mutates_args=("state",))
+@operator("conv_step", ("state",))
 def conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
 ) -> Tensor:
@@ -271,9 +270,11 @@ def conv_step(
     if rows == 0:
         return out
     _in_place(state, 1)
-    grid, cut = _grid(rows, channels, CONV_TILE)
+    at_once, block, warps = CONV_TILE
+    at_once = min(at_once, triton.next_power_of_2(rows))
+    grid, cut = _grid(rows, channels, (at_once, block, warps))
     launch(
-        _conv_kernel, grid,
+        _conv_step_kernel, grid,
         x, weight, weight if bias is None else bias, state, slots, out, rows, channels,
         x.stride(0), *state.stride()[:2],
         STRIDE_WE=weight.stride(0), STRIDE_WK=weight.stride(1), TAPS=weight.shape[1],
@@ -287,7 +288,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tens
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("hymba::state_step", mutates_args=("state",))
+@operator("state_step", ("state",))
 def state_step(
     u: Tensor,
     dt: Tensor,
@@ -309,7 +310,7 @@ def state_step(
     _in_place(state, A.shape[1], 1)
     grid, cut = _grid(rows, channels, STATE_TILE)
     launch(
-        _state_kernel, grid,
+        _state_step_kernel, grid,
         u, dt, A.contiguous(), B, C, D, z, dt_bias, state, slots, y, rows, channels,
         u.stride(0), dt.stride(0), B.stride(0), C.stride(0), z.stride(0), state.stride(0),
         STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]), **cut,
@@ -333,7 +334,7 @@ def _(
     return u.new_empty(u.shape)
 
 
-@torch.library.custom_op("hymba::ssm_step", mutates_args=("state",))
+@operator("ssm_step", ("state",))
 def ssm_step(
     u: Tensor,
     low: Tensor,
@@ -358,7 +359,7 @@ def ssm_step(
     _in_place(state, A.shape[1], 1)
     grid, cut = _grid(rows, channels, ssm_tile(rows))
     launch(
-        _ssm_kernel, grid,
+        _ssm_step_kernel, grid,
         u, low, dt_weight, dt_bias, dt_norm, B_norm, C_norm, A.contiguous(), D, z, state, slots, y,
         rows, channels, u.stride(0), z.stride(0), state.stride(0), eps,
         # Constants of a model, and no multiples of 16: known, their rows load in wider pieces.
@@ -395,7 +396,7 @@ def _dot_type(x: Tensor) -> tl.dtype:
     return kinds.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
 
 
-@torch.library.custom_op("hymba::rope_and_store", mutates_args=("store_k", "store_v"))
+@operator("rope_and_store", ("store_k", "store_v"))
 def rope_operator(
     q: Tensor,
     k: Tensor | None,
@@ -424,7 +425,7 @@ def rope_operator(
     if rows == 0:
         return q_out, k_out
     launch(
-        _rope_kernel, (rows,),
+        _rope_and_store_kernel, (rows,),
         q, k, v, cos, sin, store_k, store_v, slots, places, q_out, k_out,
         *q.stride()[:2], *strides[:4], cos.stride(0), sin.stride(0), *strides[4:],
         HEADS=heads, GROUPS=groups, HALF=width // 2, WIDTH_V=value_width,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch
+from hymba.ops.backend import launch, operator
 
 BLOCK, WARPS = 2048, 4  # elements of a program
 
@@ -64,7 +64,7 @@ def _grid(x: Tensor) -> tuple[int]:
     return (triton.cdiv(x.shape[1], BLOCK) * x.shape[0],)
 
 
-@torch.library.custom_op("hymba::swiglu", mutates_args=())
+@operator("swiglu")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = _like(gate, up)
     if gate.numel():
@@ -79,7 +79,7 @@ def _like(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
-@torch.library.custom_op("hymba::swiglu_backward", mutates_args=())
+@operator("swiglu_backward")
 def _swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if gate.numel():

@@ -340,16 +340,16 @@ def test_opcheck(meta: bool, device: str) -> None:
     given = {name: x.requires_grad_() for name, x in inputs.items()}
     rows = [given[name] for name in ("q", "k", "v")]
     front = [given["meta_k"], given["meta_v"]] if meta else [None, None]
-    torch.library.opcheck(module._attention, (*rows, [2, 3], 5, *front, True))
+    torch.library.opcheck(module._attention.op, (*rows, [2, 3], 5, *front, True))
     with torch.no_grad():
         out, lse = module._attention(*rows, [2, 3], 5, *front, True)
         args = (out, *rows, out, lse, [2, 3], 5, *front)
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-    torch.library.opcheck(module._attention_backward, plain)
+    torch.library.opcheck(module._attention_backward.op, plain)
     past = [random(2, 1, 6, 8), random(2, 1, 6, 16)]
     cached = [x.to(device) for x in past] + [ring((2, 9), 5, 6, device), [2, 9]]
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in (*rows, [2, 3], 5, *front))
-    torch.library.opcheck(module._attention_chunk, (*plain, *cached))
+    torch.library.opcheck(module._attention_chunk.op, (*plain, *cached))
 
 
 @pytest.mark.gpu

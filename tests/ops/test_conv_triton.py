@@ -146,7 +146,7 @@ def test_other_documents_do_not_matter(device: str) -> None:
 def test_as_an_operator(start: str, device: str) -> None:
     tensors = inputs(Segments((3, 2)), 5, 4, torch.float32, start, device)
     x, weight, bias, state = (t if t is None else t.requires_grad_() for t in tensors.values())
-    torch.library.opcheck(conv_triton._causal_conv, (x, weight, bias, [3, 2], state))
+    torch.library.opcheck(conv_triton._causal_conv.op, (x, weight, bias, [3, 2], state))
 
 
 @pytest.mark.gpu

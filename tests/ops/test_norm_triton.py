@@ -170,11 +170,11 @@ def test_as_operators(rows: Rows) -> None:
     """What torch.compile is told of them: shapes, dtypes, and how to go back."""
     x, y = rows(5, 6).requires_grad_(), rows(5, 6, seed=1).requires_grad_()
     w, v = rows(6, seed=2).requires_grad_(), rows(6, seed=3).requires_grad_()
-    torch.library.opcheck(norm_triton._rms_norm, (x, w, EPS))
-    torch.library.opcheck(norm_triton._add_rms_norm, (x, y, w, EPS))
-    torch.library.opcheck(norm_triton._fuse_heads, (x, y, w, v, EPS))
+    torch.library.opcheck(norm_triton._rms_norm.op, (x, w, EPS))
+    torch.library.opcheck(norm_triton._add_rms_norm.op, (x, y, w, EPS))
+    torch.library.opcheck(norm_triton._fuse_heads.op, (x, y, w, v, EPS))
     three = [part.detach().requires_grad_() for part in w.split([3, 1, 2])]
-    torch.library.opcheck(norms_triton._three_norms, (x, *three, EPS))
+    torch.library.opcheck(norms_triton._three_norms.op, (x, *three, EPS))
 
 
 @pytest.mark.gpu

@@ -49,7 +49,7 @@ def test_views(agree: Agree, device: str) -> None:
 
 def test_as_an_operator(device: str) -> None:
     x = random(4, 3, 6, dtype=torch.float32, device=device).requires_grad_()
-    torch.library.opcheck(rotary_triton._rotate, (x, *tables(4, 6, device).values(), False))
+    torch.library.opcheck(rotary_triton._rotate.op, (x, *tables(4, 6, device).values(), False))
 
 
 @pytest.mark.gpu

@@ -55,7 +55,7 @@ def test_far_from_zero(device: str) -> None:
 
 def test_as_an_operator(device: str) -> None:
     gate, up = (random(4, 6, seed=s, dtype=torch.float32, device=device) for s in (0, 1))
-    torch.library.opcheck(swiglu_triton._swiglu, (gate.requires_grad_(), up.requires_grad_()))
+    torch.library.opcheck(swiglu_triton._swiglu.op, (gate.requires_grad_(), up.requires_grad_()))
 
 
 @pytest.mark.gpu
