@@ -1,0 +1,92 @@
+"""The whole model on kernels against the whole model in plain PyTorch: wiring, strides, states.
+
+On a CPU in Triton's interpreter, so the model and the texts are tiny there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from hymba.config import Config
+from hymba.model.batch import Batch
+from hymba.model.decoder import LanguageModel
+from hymba.ops.backend import _twin, backend
+from hymba.presets import hymba
+
+SIZES = {"hidden_size": 32, "vocab_size": 61, "num_heads": 4, "num_kv_heads": 2, "ssm_state": 8}
+LENGTHS = (9, 4)
+
+
+def tiny_pair() -> Config:
+    """A global layer, a window layer and one that reads its keys."""
+    return hymba(
+        **SIZES,
+        num_layers=3,
+        intermediate_size=40,
+        max_positions=512,
+        ssm_dt_rank=3,
+        window=3,
+        meta_tokens=2,
+        global_layers=(0,),
+        share=[[1, 2]],
+    )
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """on("triton"), on("torch"): which implementations serve from now on."""
+
+    def choose(name: str) -> None:
+        monkeypatch.setenv("HYMBA_BACKEND", name)
+        backend.cache_clear(), _twin.cache_clear()
+
+    yield choose
+    backend.cache_clear(), _twin.cache_clear()
+
+
+def close(got: Tensor, want: Tensor, name: str) -> None:
+    off = (got.double() - want.double()).norm() / want.double().norm()
+    assert off < 1e-4, f"{name} is off by {off:.1e}"
+
+
+def test_loss_and_gradients(
+    device: str, on: Callable[[str], None], lively: Callable[..., LanguageModel]
+) -> None:
+    model = lively(tiny_pair()).to(device)
+    ids = torch.arange(sum(LENGTHS), device=device) * 7 % 61
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in ("torch", "triton"):
+        on(name)
+        hidden = model(ids, Batch.of(LENGTHS, device=device))
+        loss = model.loss(hidden, ids.roll(-1))
+        names, weights = zip(*model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(loss, weights)
+        found[name] = dict(zip(names, grads, strict=True)) | {"loss": loss.detach()}
+    for name, want in found["torch"].items():
+        close(found["triton"][name], want, name)
+
+
+@torch.no_grad()
+def test_chunks_and_decode(
+    device: str, on: Callable[[str], None], lively: Callable[..., LanguageModel]
+) -> None:
+    """A prompt, a chunk behind it and single tokens, past the window's edge, for two sequences."""
+    model = lively(tiny_pair()).to(device)
+    ids = torch.arange(40, device=device) * 5 % 61
+    found: dict[str, list[Tensor]] = {"torch": [], "triton": []}
+    for name, outs in found.items():
+        on(name)
+        cache, past, used = model.new_cache(2), (0, 0), 0
+        for lengths in ((6, 2), (3, 4), (1, 1), (1, 1)):
+            batch = Batch.of(lengths, past=past, device=device)
+            outs.append(model(ids[used : used + sum(lengths)], batch, cache))
+            past = tuple(a + b for a, b in zip(past, lengths, strict=True))
+            used += sum(lengths)
+    for step, (got, want) in enumerate(zip(found["triton"], found["torch"], strict=True)):
+        close(got, want, f"step {step}")
