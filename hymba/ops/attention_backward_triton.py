@@ -272,7 +272,7 @@ def key_blocks(
     if h_block + e_block > 256 or not hopper(device):
         return 32, 32, {"num_warps": 8, "num_stages": 2}
     if h_block + e_block > 192:
-        return 64, 128, {"num_warps": 8, "num_stages": 2}
+        return 32, 64, {"num_warps": 4, "num_stages": 3}
     return 64, 64, {"num_warps": 4, "num_stages": 3}
 
 

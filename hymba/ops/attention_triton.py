@@ -347,7 +347,7 @@ def forward_blocks(
         return 64, 32, {"num_warps": 8, "num_stages": 2}
     if e_block == 128 and h_block < e_block:
         return 128, 64, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-    return 64, 64, {"num_warps": 4, "num_stages": 2}
+    return 64, 64, {"num_warps": 4, "num_stages": 3}
 
 
 @lru_cache

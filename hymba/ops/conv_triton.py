@@ -42,7 +42,7 @@ def forward_tile(rows: int, channels: int, device: torch.device) -> Tile:
 
 
 def backward_tile(rows: int, channels: int, device: torch.device) -> Tile:
-    return Tile(rows_each(rows, channels, device, 16), block(channels), 2, 1, 128)
+    return Tile(rows_each(rows, channels, device, 32), block(channels), 2, 1, 128)
 
 
 def block(channels: int) -> int:

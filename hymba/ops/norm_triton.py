@@ -40,10 +40,13 @@ def forward_tile(width: int, tensors: int) -> Tile:
 
 
 def backward_tile(width: int, tensors: int) -> Tile:
+    """For a walk that reads `tensors` rows at a time. Its stages have to fit in shared memory."""
     columns = triton.next_power_of_2(width)
     rows = max(1, 2048 // columns)
-    warps = min(max(rows * columns // 256, 1), 16)
-    return Tile(rows, columns, warps, 3, max(1, 16 // warps))
+    stages = max(1, min(4, 160_000 // (tensors * rows * columns * 4)))
+    if columns <= 2048:
+        return Tile(rows, columns, 4, stages, 3)
+    return Tile(rows, columns, 16, min(stages, 3), 1)
 
 
 def flat(x: Tensor) -> Tensor:
