@@ -10,8 +10,8 @@ Keys are stored after rotary embedding, so the order of places does not matter: 
 position p lies in place p % (window + 1). A forward reads the cache as it was and commits what it
 computed at its end, so a chunk sees the old ring and itself, and consumers of shared K/V see what
 their producer saw. Only a step of one token a sequence updates SSM states as it goes, in place: a
-copy would cost as much as the step. Because a sequence's state is small, branching, preemption and roll-back are a
-`snapshot` and a `restore`.
+copy would cost as much as the step. Because a sequence's state is small, branching, preemption and
+roll-back are a `snapshot` and a `restore`.
 """
 
 from __future__ import annotations

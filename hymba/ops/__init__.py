@@ -48,7 +48,7 @@ def attention(
     past: Past | None = None,
 ) -> Tensor:
     """q (N, H, h), k (N, G, h), v (N, G, e) -> (N, H, e); see hymba.ops.attention."""
-    op = twin("attention", "attention", q)
+    op = twin("attention", q)
     return op(q, k, v, segments, window, meta, past)
 
 
@@ -60,7 +60,7 @@ def causal_conv(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (N, E), weight (E, K) -> silu(conv) (N, E), last inputs (S, K-1, E)."""
-    op = twin("causal_conv", "conv", x)
+    op = twin("causal_conv", x)
     return op(x, weight, bias, segments, initial_state)
 
 
@@ -77,47 +77,47 @@ def selective_scan(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """u, dt, z (N, E); A (E, n); B, C (N, n) -> y (N, E), states (S, E, n)."""
-    op = twin("selective_scan", "scan", u)
+    op = twin("selective_scan", u)
     return op(u, dt, A, B, C, D, z, dt_bias, segments, initial_state)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """hidden (N, D), weight (V, D), labels (N), -100 left out -> the sum of losses in nats."""
-    op = twin("linear_cross_entropy", "loss", hidden)
+    op = twin("linear_cross_entropy", hidden)
     return op(hidden, weight, labels)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D) -> (..., D)."""
-    return twin("rms_norm", "norm", x)(x, weight, eps)
+    return twin("rms_norm", x)(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual (..., D) -> rms_norm(x + residual), x + residual."""
-    return twin("add_rms_norm", "norm", x)(x, residual, weight, eps)
+    return twin("add_rms_norm", x)(x, residual, weight, eps)
 
 
 def rms_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> list[Tensor]:
     """x (N, D1 + D2 + ...), weights (D1), (D2), ... -> each slice's norm (N, D1), (N, D2), ..."""
-    return twin("rms_norms", "norms", x)(x, weights, eps)
+    return twin("rms_norms", x)(x, weights, eps)
 
 
 def fuse_heads(
     attention: Tensor, ssm: Tensor, attention_weight: Tensor, ssm_weight: Tensor, eps: float
 ) -> Tensor:
     """Mean of the two normed branches, all (N, E)."""
-    op = twin("fuse_heads", "norm", attention)
+    op = twin("fuse_heads", attention)
     return op(attention, ssm, attention_weight, ssm_weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all (..., F)."""
-    return twin("swiglu", "swiglu", gate)(gate, up)
+    return twin("swiglu", gate)(gate, up)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (i, i + width/2) of x (N, heads, width), turned; cos, sin (N, 1, width/2)."""
-    return twin("rotate", "rotary", x)(x, cos, sin)
+    return twin("rotate", x)(x, cos, sin)
 
 
 # The decode step: one new token a row, what a cache keeps updated in place by slot.
@@ -136,7 +136,7 @@ def rope_and_store(
 ) -> tuple[Tensor, Tensor | None]:
     """q (S, H, h) and k (S, G, h) turned; k and v (S, G, e) written to their places of the slots.
     Without k, v and stores (another layer's are read) only q is turned."""
-    op = twin("rope_and_store", "step", q)
+    op = twin("rope_and_store", q)
     return op(q, k, v, cos, sin, store_k, store_v, slots, places)
 
 
@@ -144,7 +144,7 @@ def conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
 ) -> Tensor:
     """x (S, E), weight (E, K) -> silu(conv) (S, E); state (slots, K-1, E) moves on by one."""
-    return twin("conv_step", "step", x)(x, weight, bias, state, slots)
+    return twin("conv_step", x)(x, weight, bias, state, slots)
 
 
 def state_step(
@@ -160,7 +160,7 @@ def state_step(
     slots: Tensor,
 ) -> Tensor:
     """`selective_scan` of one row each: u, dt, z (S, E) -> y (S, E); state (slots, E, n)."""
-    return twin("state_step", "step", u)(u, dt, A, B, C, D, z, dt_bias, state, slots)
+    return twin("state_step", u)(u, dt, A, B, C, D, z, dt_bias, state, slots)
 
 
 def ssm_step(
@@ -180,5 +180,5 @@ def ssm_step(
 ) -> Tensor:
     """All behind x_proj at once: low (S, R + 2n) -> y (S, E); state (slots, E, n)."""
     norms = dt_norm, B_norm, C_norm
-    op = twin("ssm_step", "step", u)
+    op = twin("ssm_step", u)
     return op(u, low, dt_weight, dt_bias, *norms, A, D, z, state, slots, eps)

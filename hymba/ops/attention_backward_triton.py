@@ -7,7 +7,8 @@ What bounds it: matrix products. With the weights p recomputed from the saved lo
 
 the two passes make p and do v' once each: 1.7 times the products of a pass that adds up dq by
 atomics, and in return no atomics (the sums have one order) and no float32 copy of dq.
-How far from it: TODO.
+How far from it, on an H200, of 2.3 times forward's useful products: 30 % of the rate of a large
+product in window layers, 38 % without a window.
 
 Rows-by-keys blocks that no mask reaches are skipped on both sides, as in the forward. The program
 of a block of keys sums over the query heads of its group, so no gradient is repeated. A meta key

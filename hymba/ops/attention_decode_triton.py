@@ -3,9 +3,9 @@
 
 What bounds it: bytes. A place of the cache is G (h + e) numbers, read once, and a handful of
 multiply-adds for each; so everything here serves wide loads, several in flight on every
-multiprocessor. How far from it, on an H200 with the heads of the 1.5B: 98% of the read bandwidth at
-128 rows of 8192 places, 81% at 16 rows; 76% and 50% in window layers of 1025, where two launches
-and their ends weigh more.
+multiprocessor. How far from it, on an H200 with the heads of the 1.5B: 96 % of the read bandwidth
+at 128 rows of 8192 places, 73 % at 16 rows; 67 % and 33 % in window layers of 1025, where two
+launches and their ends weigh more.
 
     places of row 0   |------- split 0 -------|------- split 1 -------|- 2 -|  and its new token
     places of row 1   |------- split 0 -------|-- (behind its length: nothing)

@@ -4,7 +4,7 @@
 What bounds it: matrix products, then exponentials. A layer of the 1.5B over 8192 rows (25 heads,
 window 1024, 128 meta keys) needs 92 GFLOP, 0.12 ms of an H200's tensor cores, and 0.24 G
 exponentials, 0.07 ms; its 115 MB pass in 0.03 ms.
-How far from it: TODO.
+How far from it, on an H200: 0.25 ms; without a window 61 % of the rate of a large product.
 
 One program is one block of queries of one head. It walks over tiles of keys: the meta keys, then
 those its window (or causal past) touches, in one software-pipelined loop, so that the copies of a

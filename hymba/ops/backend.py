@@ -54,21 +54,59 @@ def _no_kernels(device_type: str) -> str:
     return "" if torch.cuda.get_device_capability() >= (8, 0) else "it is older than Ampere"
 
 
-def twin(op: str, file: str, x: Tensor) -> Callable[..., Any]:
-    """The implementation of `op` (in ops/<file>.py and its twins) for tensors such as x."""
-    return _twin(op, file, x.device.type, x.dtype == torch.float64)
+def twin(op: str, x: Tensor) -> Callable[..., Any]:
+    """The implementation of an op for tensors such as x."""
+    _choose(x.device.type)
+    return _chosen[op, x.device.type, x.dtype == torch.float64]
 
 
-@cache
-def _twin(op: str, file: str, device_type: str, double: bool) -> Callable[..., Any]:
-    chosen = backend(device_type)
-    if chosen == "triton" and double:
-        chosen = "torch"
-    where = f"hymba.ops.{file}_triton" if chosen == "triton" else f"hymba.ops.{file}"
+FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
+    "add_rms_norm": "norm",
+    "attention": "attention",
+    "causal_conv": "conv",
+    "conv_step": "step",
+    "fuse_heads": "norm",
+    "linear_cross_entropy": "loss",
+    "rms_norm": "norm",
+    "rms_norms": "norms",
+    "rope_and_store": "step",
+    "rotate": "rotary",
+    "selective_scan": "scan",
+    "ssm_step": "step",
+    "state_step": "step",
+    "swiglu": "swiglu",
+}
+_chosen: dict[tuple[str, str, bool], Callable[..., Any]] = {}  # by op, device, float64
+
+
+def _choose(device_type: str) -> bool:
+    """Fill in what a device has, all at once: a compiler looks into the table only once."""
+    if ("rms_norm", device_type, False) not in _chosen:
+        for op, file in FILES.items():
+            for double in (False, True):
+                _chosen[op, device_type, double] = _find(op, file, backend(device_type), double)
+    return True
+
+
+# A constant to a compiler, which would else look into the imports. This is what the decorator
+# torch.compiler.assume_constant_result does, but for importing the compiler.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _find(op: str, file: str, chosen: str, double: bool) -> Callable[..., Any]:
+    where = f"hymba.ops.{file}"
+    if chosen == "triton" and not double:
+        where += "_triton"
     module = importlib.import_module(where)
     plain = getattr(module, op)
     # An op with one plain form (a norm) is its own reference.
     return getattr(module, f"{op}_reference", plain) if chosen == "reference" else plain
+
+
+def forget() -> None:
+    """Choose again at the next call, for tests."""
+    _chosen.clear()
+    backend.cache_clear()
 
 
 class Operator:

