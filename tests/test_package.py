@@ -26,6 +26,7 @@ CORE = ("torch", "numpy", "safetensors", "transformers")
 COMMAND_LINE = ("tyro", "rich")  # core dependencies too, but the library does without them
 NO_INDEX = re.compile("No module named pip|Could not find a version that satisfies|Connection")
 pytestmark = pytest.mark.xdist_group("package")  # one worker, so that one wheel is built
+SOURCES = {".py", ".cu", ".cuh"}  # CUDA is compiled at run time, from its text
 
 
 def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -129,7 +130,8 @@ def modules() -> Iterator[str]:
 def test_wheel_is_pure_and_complete(wheel: Path) -> None:
     assert wheel.name == f"hymba-{hymba.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
-    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hymba").rglob("*.py")}
+    sources = (path for path in (ROOT / "hymba").rglob("*") if path.suffix in SOURCES)
+    code = {path.relative_to(ROOT).as_posix() for path in sources}
     assert code <= names
     extra = {name for name in names - code if ".dist-info/" not in name}
     assert not extra, "the package has no data files"

@@ -28,7 +28,7 @@ def short_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(norms_triton, "ROWS", 4)
 
 
-def small_tile(width: int, tensors: int) -> norm_triton.Tile:
+def small_tile(width: int, tensors: int, size: int = 4) -> norm_triton.Tile:
     return norm_triton.Tile(4, 1 << (width - 1).bit_length(), 1, programs=2)
 
 
