@@ -74,13 +74,13 @@ class SSM(nn.Module):
         conv, A, slots = self.conv, self._rates(u.dtype), store.slots
         u = ops.conv_step(u, conv.weight.squeeze(1), conv.bias, store.conv, slots)
         low, norms, eps = self.x_proj(u), self._norms(), self.dt_norm.eps
-        if type(self.dt_proj) is nn.Linear:
+        if _is_matrix(self.dt_proj):
             weight = self.dt_proj.weight
             return ops.ssm_step(
                 u, low, weight, self.dt_bias, *norms, A, self.D, gate, store.ssm, slots, eps
             )
         step, B, C = ops.rms_norms(low, norms, eps)
-        dt = self.dt_proj(step)  # an adapter: not a matrix to be multiplied elsewhere
+        dt = self.dt_proj(step)
         return ops.state_step(u, dt, A, B, C, self.D, gate, self.dt_bias, store.ssm, slots)
 
     def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,3 +89,10 @@ class SSM(nn.Module):
     def _rates(self, dtype: torch.dtype) -> Tensor:
         """A (E, n), wide."""
         return -torch.exp(self.A_log.to(torch.promote_types(dtype, torch.float32)))
+
+
+def _is_matrix(linear: nn.Module) -> bool:
+    """Whether a projection is its weight and nothing more: no adapter, hook or packed weight."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    weight = getattr(linear, "weight", None)
+    return type(linear) is nn.Linear and type(weight) is nn.Parameter and not hooks

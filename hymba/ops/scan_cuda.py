@@ -109,6 +109,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, E), final (S, E, n) and, to `save` for backward, the state before every TILE rows."""
     channels, n, count = u.shape[1], A.shape[1], segments.count
+    state = None if state is None else _aligned(state)
     plan = forward_plan(segments, channels)
     table = tables(segments.lengths, plan.tiles, u.device)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -170,7 +171,7 @@ def backward(
     (rows, channels), n, count = u.shape, A.shape[1], segments.count
     back, main = backward_plan(segments, channels, n)
     table = tables(segments.lengths, main.tiles, u.device)
-    offsets, dy, dfinal = segments.offsets(u.device), pairs(dy), dfinal.contiguous()
+    offsets, dy, dfinal = segments.offsets(u.device), pairs(dy), _aligned(dfinal)
     given, kind = _inputs(u, dt, z, B, C, A, D, dt_bias), TYPES[u.dtype]
     behind = (dy, np.int64(dy.stride(0)), dfinal)
     cut = table.pieces if table.pieces > count else 0
@@ -212,9 +213,16 @@ def _inputs(
     wide = D.dtype == torch.float32 and bias.dtype == torch.float32
     if not wide:
         D, bias = D.to(u.dtype), bias.to(u.dtype)
+    A, D, bias = (_aligned(x) for x in (A, D, bias))
     flags = wide + 2 * all(_sixteen(x) for x in rows)
     sizes = (np.int32(u.shape[1]), np.int32(u.shape[0]), np.int32(flags))
     return (*rows, *strides, A, D, bias, *sizes)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x where 16 bytes can be read at once: a parameter of a sharded model may start anywhere."""
+    fits = x.is_contiguous() and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _sixteen(x: Tensor) -> bool:
