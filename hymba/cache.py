@@ -174,6 +174,7 @@ class Cache:
         """`like` gives device and dtype of K/V and convolution inputs; SSM states are kept in
         `state_dtype` or wider, because rounding them at every step adds up."""
         self.config, self.meta, self.lengths = config, list(meta), [0] * slots
+        self.broken: set[int] = set()  # slots that a step left half-way
         wide = torch.promote_types(like.dtype, state_dtype)
         self.kv: list[KVStore | None] = []
         self.ssm: list[SSMStore | None] = []
@@ -201,6 +202,8 @@ class Cache:
     def length(self, slot: int) -> int:
         """Text tokens of the sequence in a slot."""
         self._check(slot)
+        if slot in self.broken:
+            raise ValueError(f"a step of slot {slot} was cut off half-way: reset or restore it")
         return self.lengths[slot]
 
     def past(self, index: int, slots: Sequence[int]) -> Past | None:
@@ -251,10 +254,12 @@ class Cache:
             if store is not None:
                 store.select(index)
         self.lengths = [self.lengths[slot] for slot in slots]
+        self.broken = {new for new, old in enumerate(slots) if old in self.broken}
 
     def reset(self, slot: int) -> None:
         """Empty a slot: its next sequence begins after the meta tokens."""
         self._check(slot)
+        self.broken.discard(slot)
         for kv in filter(None, self.kv):
             kv.clear(slot)
         for ssm in filter(None, self.ssm):
@@ -273,6 +278,7 @@ class Cache:
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """Put a snapshot of this or an equal cache into a slot, bit for bit."""
         self._check(slot)
+        self.broken.discard(slot)
         for kv, pair in zip(self.kv, snapshot.kv, strict=True):
             if kv is not None and pair is not None:
                 kv.reserve(snapshot.length)

@@ -238,3 +238,26 @@ def test_after_a_sequence_that_overflowed(bad: float, tiny: Tiny, lively: Lively
         both = Batch.of([1, 1], [i, 9 + i], [0, 1])
         found.append(model(torch.stack([token, token]), both, cache)[:1])
     torch.testing.assert_close(torch.cat(found), want, atol=1e-4, rtol=0)
+
+
+def test_a_step_that_fails_leaves_its_slot_marked(
+    tiny: Callable[[str], Config], lively: Callable[..., LanguageModel]
+) -> None:
+    """A step of one token changes SSM states as it goes: what it left half-way is no state."""
+    model, batch = lively(tiny("hymba")), Batch.of((5, 5))
+    cache = model.new_cache(2)
+    model(torch.arange(10), batch, cache)
+    kept = cache.snapshot(0)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    hook = model.decoder.layers[-1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(torch.tensor([7]), Batch.of((1,), past=(5,), slots=(0,)), cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="slot 0 was cut off half-way"):
+        model(torch.tensor([7]), Batch.of((1,), past=(5,), slots=(0,)), cache)
+    assert cache.length(1) == 5
+    cache.restore(0, kept)
+    model(torch.tensor([7]), Batch.of((1,), past=(5,), slots=(0,)), cache)

@@ -68,9 +68,12 @@ class Decoder(nn.Module):
         if batch.segments.uniform == 1:
             slots = torch.tensor(batch.slots, device=x.device)
         befores = [self._before(i, batch, cache, slots) for i in range(len(self.layers))]
+        if slots is not None:
+            cache.broken.update(batch.slots)  # until the step is through, in case it fails
         x, lefts = self._blocks(x, batch, befores)
         hidden = self.final_norm(x)
         cache.commit(batch.slots, batch.segments, [left.text for left in lefts])
+        cache.broken.difference_update(batch.slots)
         return hidden
 
     def _before(self, index: int, batch: Batch, cache: Cache, slots: Tensor | None) -> Before:

@@ -93,6 +93,6 @@ class SSM(nn.Module):
 
 def _is_matrix(linear: nn.Module) -> bool:
     """Whether a projection is its weight and nothing more: no adapter, hook or packed weight."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     weight = getattr(linear, "weight", None)
     return type(linear) is nn.Linear and type(weight) is nn.Parameter and not hooks

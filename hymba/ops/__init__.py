@@ -38,6 +38,13 @@ __all__ = [
 ]
 
 
+def _fit(op: str, **sizes: tuple[int, int]) -> None:
+    """Sizes that must be equal. Kernels do not look: they would read beyond a tensor's end."""
+    for name, (got, want) in sizes.items():
+        if got != want:
+            raise ValueError(f"{op}: {name} has size {got} where {want} is needed")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -48,6 +55,8 @@ def attention(
     past: Past | None = None,
 ) -> Tensor:
     """q (N, H, h), k (N, G, h), v (N, G, e) -> (N, H, e); see hymba.ops.attention."""
+    rows = q.shape[0]
+    _fit("attention", segments=(segments.total, rows), k=(len(k), rows), v=(len(v), rows))
     op = twin("attention", q)
     return op(q, k, v, segments, window, meta, past)
 
@@ -60,6 +69,8 @@ def causal_conv(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (N, E), weight (E, K) -> silu(conv) (N, E), last inputs (S, K-1, E)."""
+    rows, channels = x.shape
+    _fit("causal_conv", segments=(segments.total, rows), weight=(len(weight), channels))
     op = twin("causal_conv", x)
     return op(x, weight, bias, segments, initial_state)
 
@@ -77,28 +88,36 @@ def selective_scan(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """u, dt, z (N, E); A (E, n); B, C (N, n) -> y (N, E), states (S, E, n)."""
+    rows = len(u)
+    _fit("selective_scan", segments=(segments.total, rows), dt=(len(dt), rows), z=(len(z), rows))
+    _fit("selective_scan", B=(len(B), rows), C=(len(C), rows), A=(len(A), u.shape[1]))
     op = twin("selective_scan", u)
     return op(u, dt, A, B, C, D, z, dt_bias, segments, initial_state)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """hidden (N, D), weight (V, D), labels (N), -100 left out -> the sum of losses in nats."""
+    rows, size = hidden.shape
+    _fit("linear_cross_entropy", labels=(len(labels), rows), weight=(weight.shape[1], size))
     op = twin("linear_cross_entropy", hidden)
     return op(hidden, weight, labels)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D) -> (..., D)."""
+    _fit("rms_norm", weight=(len(weight), x.shape[-1]))
     return twin("rms_norm", x)(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual (..., D) -> rms_norm(x + residual), x + residual."""
+    _fit("add_rms_norm", weight=(len(weight), x.shape[-1]), x=(x.numel(), residual.numel()))
     return twin("add_rms_norm", x)(x, residual, weight, eps)
 
 
 def rms_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> list[Tensor]:
     """x (N, D1 + D2 + ...), weights (D1), (D2), ... -> each slice's norm (N, D1), (N, D2), ..."""
+    _fit("rms_norms", weights=(sum(len(weight) for weight in weights), x.shape[-1]))
     return twin("rms_norms", x)(x, weights, eps)
 
 
@@ -106,17 +125,22 @@ def fuse_heads(
     attention: Tensor, ssm: Tensor, attention_weight: Tensor, ssm_weight: Tensor, eps: float
 ) -> Tensor:
     """Mean of the two normed branches, all (N, E)."""
+    width = attention.shape[-1]
+    _fit("fuse_heads", ssm=(ssm.numel(), attention.numel()))
+    _fit("fuse_heads", weight=(len(attention_weight), width), ssm_weight=(len(ssm_weight), width))
     op = twin("fuse_heads", attention)
     return op(attention, ssm, attention_weight, ssm_weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all (..., F)."""
+    _fit("swiglu", up=(up.numel(), gate.numel()))
     return twin("swiglu", gate)(gate, up)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (i, i + width/2) of x (N, heads, width), turned; cos, sin (N, 1, width/2)."""
+    _fit("rotate", cos=(len(cos), len(x)), sin=(len(sin), len(x)))
     return twin("rotate", x)(x, cos, sin)
 
 
@@ -136,6 +160,7 @@ def rope_and_store(
 ) -> tuple[Tensor, Tensor | None]:
     """q (S, H, h) and k (S, G, h) turned; k and v (S, G, e) written to their places of the slots.
     Without k, v and stores (another layer's are read) only q is turned."""
+    _fit("rope_and_store", slots=(len(slots), len(q)), places=(len(places), len(q)))
     op = twin("rope_and_store", q)
     return op(q, k, v, cos, sin, store_k, store_v, slots, places)
 
@@ -144,6 +169,7 @@ def conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
 ) -> Tensor:
     """x (S, E), weight (E, K) -> silu(conv) (S, E); state (slots, K-1, E) moves on by one."""
+    _fit("conv_step", slots=(len(slots), len(x)))
     return twin("conv_step", x)(x, weight, bias, state, slots)
 
 
@@ -160,6 +186,7 @@ def state_step(
     slots: Tensor,
 ) -> Tensor:
     """`selective_scan` of one row each: u, dt, z (S, E) -> y (S, E); state (slots, E, n)."""
+    _fit("state_step", slots=(len(slots), len(u)), dt=(len(dt), len(u)), z=(len(z), len(u)))
     return twin("state_step", u)(u, dt, A, B, C, D, z, dt_bias, state, slots)
 
 
@@ -179,6 +206,7 @@ def ssm_step(
     eps: float,
 ) -> Tensor:
     """All behind x_proj at once: low (S, R + 2n) -> y (S, E); state (slots, E, n)."""
+    _fit("ssm_step", slots=(len(slots), len(u)), low=(len(low), len(u)), z=(len(z), len(u)))
     norms = dt_norm, B_norm, C_norm
     op = twin("ssm_step", u)
     return op(u, low, dt_weight, dt_bias, *norms, A, D, z, state, slots, eps)

@@ -18,8 +18,6 @@ text keys, whose partial sums are float32 and summed afterwards in a fixed order
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +39,7 @@ from hymba.ops.attention_triton import (
     width_block,
 )
 from hymba.ops.backend import launch
-from hymba.ops.segments import Segments
+from hymba.ops.segments import Segments, table
 
 CHUNK = 1024  # rows of one partial sum of the meta keys' gradients, at least
 MOST_PARTS = 32
@@ -277,8 +275,7 @@ def key_blocks(
     return 64, 64, {"num_warps": 4, "num_stages": 3}
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@table
 def key_items(
     lengths: tuple[int, ...], m_places: int, block: int, window: int | None, device: torch.device
 ) -> tuple[Tensor, int]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "torch", "reference")
 log = logging.getLogger("hymba")
@@ -82,9 +83,13 @@ _chosen: dict[tuple[str, str, bool], Callable[..., Any]] = {}  # by op, device, 
 def _choose(device_type: str) -> bool:
     """Fill in what a device has, all at once: a compiler looks into the table only once."""
     if ("rms_norm", device_type, False) not in _chosen:
-        for op, file in FILES.items():
-            for double in (False, True):
-                _chosen[op, device_type, double] = _find(op, file, backend(device_type), double)
+        chosen = backend(device_type)
+        found = {
+            (op, device_type, double): _find(op, file, chosen, double)
+            for op, file in FILES.items()
+            for double in (False, True)
+        }
+        _chosen.update(found)  # at once: another thread may be looking
     return True
 
 
@@ -134,10 +139,23 @@ def _watched(args: tuple[Any, ...]) -> bool:
     """Whether a compiler, a dispatch mode or autograd wants to see a call."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
+    if forward_ad._current_level >= 0:
+        _refuse_duals(args)
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func
+        return True
     tensors = [x for x in args if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
     return any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def _refuse_duals(args: tuple[Any, ...]) -> None:
+    """A dual number's tangent would be lost without a word."""
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "kernels have no forward-mode derivatives: set HYMBA_BACKEND=torch"
+            )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

@@ -371,6 +371,10 @@ def _causal_conv_backward(
     """dx, the gradients of taps and bias (K+1, E), and of the state."""
     segments, (rows, channels), K = Segments(tuple(lengths)), x.shape, weight.shape[1]
     dx, state = x.new_empty(x.shape), _states(initial_state)
+    if not rows:
+        dweights = weight.new_zeros((K + 1, channels) if want_weights else 0)
+        dstate = None if initial_state is None else torch.zeros_like(initial_state)
+        return dx, dweights, x.new_empty(0) if dstate is None else dstate
     want_state = want_state and _has_places(state)
     tile = backward_tile(rows, channels, x.device)
     chunks = triton.cdiv(rows, tile.rows) if want_weights else 0

@@ -55,6 +55,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy can be differentiated once, not twice")
         dhidden, dweight = ctx.saved_tensors
         scale = grads[0]
         if dhidden is not None:

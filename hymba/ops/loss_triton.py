@@ -46,8 +46,10 @@ def _cross_entropy_kernel(
             for at in range(0, width, BLOCK):
                 tl.store(logits + at + word, nothing, mask=at + word < width)
     else:
-        goal = tl.load(logits + label).to(tl.float32) * LOG2E
-        most = goal  # the running maximum, from a number that is there
+        # No such word: the loss becomes NaN. (To stop would be to wait for the device.)
+        there = (label >= 0) & (label < V)
+        goal = tl.load(logits + label, mask=there, other=float("nan")).to(tl.float32) * LOG2E
+        most = tl.where(there, goal, 0.0)  # the running maximum, from a number that is there
         total = 0.0
         for at in range(0, width, BLOCK):
             x = tl.load(logits + at + word, mask=at + word < width).to(tl.float32) * LOG2E
@@ -150,7 +152,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(*output[1:])
 
 
-def _gradients(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, scale: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy can be differentiated once, not twice")
     dhidden, dweight = ctx.saved_tensors
     dhidden = (dhidden * scale).to(dhidden.dtype) if ctx.want_hidden else None
     dweight = (dweight[: ctx.rows] * scale).to(ctx.dtype) if ctx.want_weight else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymba.ops.segments import Segments
+from hymba.ops.segments import Segments, table
 
 TILE = 32  # rows between saved states, as in scan.cuh
 log = logging.getLogger("hymba")
@@ -69,7 +69,8 @@ def supports(u: Tensor, states: int) -> bool:
 def pairs(x: Tensor) -> Tensor:
     """x (N, X) with its columns together and every row where a pair of elements may start."""
     aligned = x.data_ptr() % (2 * x.element_size()) == 0 and x.stride(0) % 2 == 0
-    return x if x.stride(1) == 1 and aligned else x.contiguous()
+    fits = x.stride(1) == 1 and (aligned or x.shape[1] % 2)  # odd widths are for Triton
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 class Tables(NamedTuple):
@@ -82,11 +83,10 @@ class Tables(NamedTuple):
     pieces: int
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@table
 def tables(lengths: tuple[int, ...], piece_tiles: int, device: torch.device) -> Tables:
     """Segments cut in tiles of TILE rows, and in pieces of so many tiles."""
-    tiles = -(-torch.tensor(lengths) // TILE)
+    tiles = -(-torch.tensor(lengths, dtype=torch.int64) // TILE)
     pieces = -(-tiles // piece_tiles)
     owner = torch.arange(len(lengths)).repeat_interleave(pieces)
     first = [torch.cat([x.new_zeros(1), x.cumsum(0)]) for x in (tiles, pieces)]
@@ -111,16 +111,16 @@ def forward(
     channels, n, count = u.shape[1], A.shape[1], segments.count
     state = None if state is None else _aligned(state)
     plan = forward_plan(segments, channels)
-    table = tables(segments.lengths, plan.tiles, u.device)
+    cuts = tables(segments.lengths, plan.tiles, u.device)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     final = u.new_empty(count, channels, n, dtype=torch.float32)
-    saved = final.new_empty(table.tiles if save else 0, channels, n)
-    cut = table.pieces if table.pieces > count else 0
+    saved = final.new_empty(cuts.tiles if save else 0, channels, n)
+    cut = cuts.pieces if cuts.pieces > count else 0
     ends, sums = final.new_empty(cut, channels, n), final.new_empty(cut, channels)
     stride = 0 if state is None or state.shape[0] == 1 else channels * n
-    tabs = (segments.offsets(u.device), *table[:3], np.int32(plan.tiles))
+    tabs = (segments.offsets(u.device), *cuts[:3], np.int32(plan.tiles))
     args = (*_inputs(u, dt, z, B, C, A, D, dt_bias), state, np.int64(stride), *tabs, ends, sums)
-    grid = (-(-channels // plan.width), table.pieces, 1)
+    grid = (-(-channels // plan.width), cuts.pieces, 1)
     for mode in ([2] if cut else []) + [int(save)]:
         name = f"scan_forward<{TYPES[u.dtype]},{plan.shape(n)},{mode}>"
         _launch(name, grid, plan.warps * 32, 0, u.device, *args, y, final, saved)
@@ -170,30 +170,30 @@ def backward(
     where nobody wants it."""
     (rows, channels), n, count = u.shape, A.shape[1], segments.count
     back, main = backward_plan(segments, channels, n)
-    table = tables(segments.lengths, main.tiles, u.device)
+    cuts = tables(segments.lengths, main.tiles, u.device)
     offsets, dy, dfinal = segments.offsets(u.device), pairs(dy), _aligned(dfinal)
     given, kind = _inputs(u, dt, z, B, C, A, D, dt_bias), TYPES[u.dtype]
     behind = (dy, np.int64(dy.stride(0)), dfinal)
-    cut = table.pieces if table.pieces > count else 0
+    cut = cuts.pieces if cuts.pieces > count else 0
     starts, sums = dfinal.new_empty(cut, channels, n), dfinal.new_empty(cut, channels)
     if cut:
         name = f"scan_adjoint<{kind},{back.shape(n)}>"
-        places = (offsets, table.first_piece, table.owner, np.int32(main.tiles))
-        grid = (-(-channels // back.width), table.pieces, 1)
+        places = (offsets, cuts.first_piece, cuts.owner, np.int32(main.tiles))
+        grid = (-(-channels // back.width), cuts.pieces, 1)
         _launch(name, grid, back.warps * 32, 0, u.device, *given, *behind, *places, starts, sums)
     du, ddt, dz = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(3))
     across = -(-channels // main.width)
     dBC = dfinal.new_empty(across, rows, 2 * n)
-    dA = dfinal.new_empty(table.pieces, channels, n)
-    dD, dbias = dfinal.new_empty(2, table.pieces, channels)
+    dA = dfinal.new_empty(cuts.pieces, channels, n)
+    dD, dbias = dfinal.new_empty(2, cuts.pieces, channels)
     dstate = dfinal.new_empty(count if want_state else 0, channels, n)
     # Three tiles, B and C, and every thread's states before every 4 rows.
     floats = 3 * TILE * main.width + TILE * 2 * n + TILE // 4 * main.width * n
     name = f"scan_backward<{kind},{main.shape(n)}>"
-    tabs = (offsets, *table[:3], np.int32(main.tiles))
+    tabs = (offsets, *cuts[:3], np.int32(main.tiles))
     outs = (du, ddt, dz, dBC, dA, dD, dbias, dstate if want_state else None)
     args = (*given, *behind, saved, starts, sums, *tabs, *outs)
-    grid = (across, table.pieces, 1)
+    grid = (across, cuts.pieces, 1)
     _launch(name, grid, main.warps * 32, 4 * floats, u.device, *args)
     return du, ddt, dA.sum(0), dBC.sum(0), dD.sum(0), dz, dbias.sum(0), dstate
 
@@ -275,7 +275,9 @@ class _Stream:
 def _stream(pointer: int, index: int) -> Any:
     from cuda.core import Device
 
-    return Device(index).create_stream(_Stream(pointer))
+    device = Device(index)
+    device.set_current()  # cuda-core's devices are a thread's own
+    return device.create_stream(_Stream(pointer))
 
 
 def _launch(
@@ -293,10 +295,12 @@ def _launch(
         kernel = _kernel(name, shared, index)
         stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
         config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
-        launch(stream, config, kernel, *(_pointer(x) for x in args))
+        launch(stream, config, kernel, *(_pointer(x, index) for x in args))
 
 
-def _pointer(x: Any) -> Any:
-    if x is None:
-        return 0
-    return x.data_ptr() if isinstance(x, Tensor) else x
+def _pointer(x: Any, index: int) -> Any:
+    if not isinstance(x, Tensor):
+        return 0 if x is None else x
+    if x.device.index != index:
+        raise ValueError(f"the selective scan runs on cuda:{index} and was given {x.device}")
+    return x.data_ptr()

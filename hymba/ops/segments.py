@@ -9,10 +9,11 @@ host integers (whoever makes a batch knows them), so nothing here waits for a de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from itertools import accumulate
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class Segments:
     def count(self) -> int:
         return len(self.lengths)
 
-    @cached_property
+    # Not cached: a compiler stops at the lock of a cached property (before Python 3.12).
+    @property
     def total(self) -> int:
         return sum(self.lengths)
 
@@ -46,7 +48,7 @@ class Segments:
         """Last row of each segment."""
         return tuple(start + length - 1 for start, length in self)
 
-    @cached_property
+    @property
     def uniform(self) -> int | None:
         """The common length, where there is one: the rows are then a view (S, T, ...)."""
         return self.lengths[0] if len(set(self.lengths)) == 1 else None
@@ -64,17 +66,39 @@ class Segments:
         return _owners(self.lengths, torch.device(device))
 
 
-# A step of every layer asks for the same tables: they cross to the device once.
-# No inference tensors, which autograd would refuse to keep.
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+P = ParamSpec("P")
+R = TypeVar("R")
+_captured: dict[int, object] = {}
+
+
+def table(build: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of functions (..., device) that make tables for kernels: every layer of every step
+    with the same segments asks for the same ones, so they cross to the device once.
+
+    They are no inference tensors, which autograd would refuse to keep; and what a CUDA graph was
+    captured with is kept for good, since the graph has its address."""
+    kept = lru_cache(maxsize=64)(torch.inference_mode(False)(build))
+
+    @wraps(build)
+    def ask(*args: P.args, **kwargs: P.kwargs) -> R:
+        found = kept(*args, **kwargs)  # type: ignore[arg-type]
+        device = args[-1]
+        assert isinstance(device, torch.device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured[id(found)] = found
+        return found
+
+    ask.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+    return ask
+
+
+@table
 def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     ends = accumulate(lengths, initial=0)
     return torch.tensor(list(ends), dtype=torch.int32).to(device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@table
 def _owners(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     counts = torch.tensor(lengths, dtype=torch.int32)
     segments = torch.arange(len(lengths), dtype=torch.int32)

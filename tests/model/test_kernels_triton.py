@@ -103,3 +103,19 @@ def test_a_block_is_one_graph(
     for block in model.decoder.layers:
         block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     close(model(ids, batch), want, "hidden states")
+
+
+@torch.no_grad()
+def test_autocast_may_begin_after_the_cache(
+    device: str, on: Callable[[str], None], lively: Callable[..., LanguageModel]
+) -> None:
+    """What the meta tokens left is float32 then, and the rows' keys are not."""
+    model = lively(tiny_pair()).to(device)
+    ids, batch = torch.arange(13, device=device) * 7 % 61, Batch.of(LENGTHS, device=device)
+    outs = []
+    for name in ("torch", "triton"):
+        on(name)
+        cache = model.new_cache(2)
+        with torch.autocast(device, torch.bfloat16):
+            outs.append(model(ids, batch, cache).float())
+    assert (outs[0] - outs[1]).norm() < 0.05 * outs[0].norm()
