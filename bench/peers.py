@@ -213,8 +213,9 @@ def flex_door() -> Callable[..., Tensor]:
 
 
 def released(kernels: Any, elementwise: bool = True) -> dict[str, Callable[..., Any]]:
-    """Doors of the released model's stack: mamba-ssm's scan, FlexAttention, and plain PyTorch for
-    the rest (with elementwise=False: for nothing else, so that only those two differ)."""
+    """Doors as near the released model's stack as mamba-ssm alone gets: its scan, FlexAttention,
+    and plain PyTorch for the rest, where the released code also has causal-conv1d (with
+    elementwise=False: for nothing else, so that only those two differ)."""
     from bench.mamba import door
 
     names = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
