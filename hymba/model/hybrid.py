@@ -115,11 +115,12 @@ class HybridMixer(nn.Module):
         if batch.meta:
             (meta_u, u), (meta_gate, gate) = batch.split(u), batch.split(gate)
             y, conv, ssm = self.ssm(meta_u, meta_gate, Segments((batch.meta,)), None, None)
-            meta = (meta or State())._replace(conv=conv, ssm=ssm)
+            # Not `_replace`, at which torch 2.11's compiler stops.
+            meta = State(conv=conv, ssm=ssm) if meta is None else State(*meta[:2], conv, ssm)
             outs.append(y)
         if batch.segments.count:
             y, conv, ssm = self.ssm(u, gate, batch.segments, conv, ssm)
-            text = text._replace(conv=conv, ssm=ssm)
+            text = State(text.k, text.v, conv, ssm)
             outs.append(y)
         return torch.cat(outs) if len(outs) > 1 else outs[0], Left(text, meta)
 
