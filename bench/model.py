@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from hymba import ops
 from hymba.config import Config
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
+from hymba.ops.backend import FILES
 
 PARTS = ("matrix products", "scan", "conv", "attention", "elementwise", "head", "copies", "rest")
 CUDA_KERNEL = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)"
@@ -63,8 +63,7 @@ def compiled(model: LanguageModel, on: bool = True) -> None:
 
 def all_plain() -> dict[str, Callable[..., Any]]:
     """Every op of the door in plain PyTorch."""
-    names = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
-    return {name: plain(name) for name in names}
+    return {name: plain(name) for name in FILES}
 
 
 def difference(model: LanguageModel, tokens: int = 512) -> float:

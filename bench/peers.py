@@ -7,8 +7,6 @@ Peers get their inputs in the layout they like best, made before the clock start
 from __future__ import annotations
 
 import importlib
-import inspect
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from hymba import ops
 from hymba.ops import Meta, Past, Segments
-from hymba.ops.backend import twin
+from hymba.ops.backend import FILES
 
 DEVICE = "cuda"
 
@@ -43,32 +41,17 @@ class Peer(NamedTuple):
 
 @cache
 def plain(name: str) -> Callable[..., Any]:
-    """The twin of an op that needs no kernel, wherever in hymba/ops it is."""
-    for info in pkgutil.iter_modules(ops.__path__):
-        if info.name.endswith(("_triton", "_cuda")) or info.name == "backend":
-            continue
-        door = vars(ops).get(info.name)
-        module = importlib.import_module(f"hymba.ops.{info.name}")
-        if inspect.isfunction(door):  # a file's first import takes the place of an op of its name
-            setattr(ops, info.name, door)
-        found = vars(module).get(name)
-        if inspect.isfunction(found) and found.__module__ == module.__name__:
-            return found
-    raise Missing(f"hymba.ops has no {name} yet")
+    """The twin of an op that needs no kernel."""
+    if name not in FILES:
+        raise Missing(f"hymba.ops has no {name} yet")
+    return getattr(importlib.import_module(f"hymba.ops.{FILES[name]}"), name)
 
 
 def op(name: str) -> Callable[..., Any]:
-    """An op of the door, or of its room where the door does not name it."""
-    found = getattr(ops, name, None)
-    if inspect.isfunction(found):
-        return found
-    plain(name)  # raises where there is none
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        return twin(name, next(tensors))(*args, **kwargs)
-
-    return call
+    """An op of the door, as it is now: `replaced` may have put another there."""
+    if name not in FILES:
+        raise Missing(f"hymba.ops has no {name} yet")
+    return getattr(ops, name)
 
 
 # Attention. Letters: S segments of T rows, H and G heads, h and e widths, M meta keys.
@@ -218,8 +201,7 @@ def released(kernels: Any, elementwise: bool = True) -> dict[str, Callable[..., 
     elementwise=False: for nothing else, so that only those two differ)."""
     from bench.mamba import door
 
-    names = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
-    doors = {name: plain(name) for name in names if elementwise}
+    doors = {name: plain(name) for name in FILES if elementwise}
     doors["attention"] = torch.compiler.disable(flex_door())
     doors["selective_scan"] = torch.compiler.disable(door(kernels))
     return doors

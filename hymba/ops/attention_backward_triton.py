@@ -31,14 +31,13 @@ from hymba.ops.attention_triton import (
     meta_arguments,
     product,
     query_items,
-    rows_of,
     seen_tile,
     strides,
     tile_at,
     tile_pointers,
     width_block,
 )
-from hymba.ops.backend import launch
+from hymba.ops.backend import dense_last, launch
 from hymba.ops.segments import Segments, table
 
 CHUNK = 1024  # rows of one partial sum of the meta keys' gradients, at least
@@ -212,7 +211,7 @@ def backward(
     meta: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of meta keys and values (no elements where there are none)."""
-    do, q, k, v = (rows_of(x) for x in (do, q, k, v))
+    do, q, k, v = (dense_last(x) for x in (do, q, k, v))
     total, heads, h = q.shape
     groups, e = v.shape[1:]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

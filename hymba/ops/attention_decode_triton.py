@@ -33,8 +33,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hymba.ops.attention import Meta, Past
-from hymba.ops.backend import launch, operator
-from hymba.ops.segments import Segments
+from hymba.ops.backend import dense_last, launch, operator
+from hymba.ops.segments import Segments, table
+from hymba.ops.step_triton import dot_type
 
 EVERYTHING = 2**31 - 1  # a window that hides nothing
 # A score below all others and yet finite: exp2 of a difference of two such is 1, never NaN.
@@ -317,15 +318,9 @@ def _chains(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-# Every layer of a step asks for the same table. No inference tensor, which could not be written.
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@table
 def _begins(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
-
-
-def _dense_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @operator("attention_decode")
@@ -343,8 +338,8 @@ def decode_at(
 ) -> Tensor:
     """As `attention_decode`, with what a captured CUDA graph can change on the device: `begin`
     (S,) int32, the text tokens before each new one. They lie in the first `begin` places."""
-    q, k, v, past_k, past_v = (_dense_last(x) for x in (q, k, v, past_k, past_v))
-    positions, begin = _dense_last(positions), begin.contiguous()
+    q, k, v, past_k, past_v = (dense_last(x) for x in (q, k, v, past_k, past_v))
+    positions, begin = dense_last(positions), begin.contiguous()
     (rows, heads, width), (_, groups, places, value_width) = q.shape, past_v.shape
     out = q.new_empty(rows, heads, value_width)
     if rows == 0:
@@ -352,7 +347,7 @@ def decode_at(
     tiling, per, meta = TILING, heads // groups, meta_k is not None and meta_k.shape[0] > 0
     if meta_k is None or meta_v is None:
         meta_k, meta_v = k, v  # not read
-    meta_k, meta_v = _dense_last(meta_k), _dense_last(meta_v)
+    meta_k, meta_v = dense_last(meta_k), dense_last(meta_v)
     splits, chunk = splits_of(rows * groups, places, tiling)
     total = splits + meta
     meta_programs = -(-rows * per // tiling.meta_tile) * groups if meta else 0
@@ -372,7 +367,7 @@ def decode_at(
         GROUPS=groups, PER=per, WIDTH_K=width, WIDTH_V=value_width,
         BLOCK_H=max(16, triton.next_power_of_2(width)), BLOCK_E=block_e,
         TILE=max(16, triton.next_power_of_2(per)), META_TILE=tiling.meta_tile,
-        BLOCK=tiling.block, DOT=_dot_type(q), STAGES=tiling.stages,
+        BLOCK=tiling.block, DOT=dot_type(q), STAGES=tiling.stages,
         META=meta, ALONE=total == 1, CHAINED=chained, num_warps=tiling.warps,
     )  # fmt: skip
     if total > 1:
@@ -399,12 +394,6 @@ def _(
     meta_v: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], past_v.shape[-1])
-
-
-def _dot_type(x: Tensor) -> tl.dtype:
-    """What goes into matrix products; the interpreter knows no bfloat16."""
-    kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return kinds.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
 
 
 def attention_decode(

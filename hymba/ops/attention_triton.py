@@ -32,7 +32,8 @@ from torch import Tensor
 
 from hymba.ops.attention import Meta, Past
 from hymba.ops.attention import attention as plain_attention
-from hymba.ops.backend import launch, operator
+from hymba.ops.attention_decode_triton import attention_decode
+from hymba.ops.backend import dense_last, launch, operator, wants_grad
 from hymba.ops.segments import Segments, table
 
 LOG2E = 1.4426950408889634
@@ -214,19 +215,14 @@ def attention(
     if meta is not None:  # made in another dtype, where autocast began or ended since
         meta = Meta(meta.k.to(q.dtype), meta.v.to(q.dtype))
     meta_k, meta_v = (None, None) if meta is None else meta
-    cached = () if past is None else (past.k, past.v)
-    given = (q, k, v, meta_k, meta_v, *cached)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    if past is None and is_llamas(q, v, segments, window, meta):
-        return causal(q, k, v, segments)
     if past is None:
-        out, _ = _attention(q, k, v, segments.lengths, window, meta_k, meta_v, save)
-        return out
-    if save:
+        if is_llamas(q, v, segments, window, meta):
+            return causal(q, k, v, segments)
+        save = wants_grad(q, k, v, meta_k, meta_v)
+        return _attention(q, k, v, segments.lengths, window, meta_k, meta_v, save)[0]
+    if wants_grad(q, k, v, meta_k, meta_v, past.k, past.v):
         return plain_attention(q, k, v, segments, window, meta, past)
     if segments.uniform == 1:
-        from hymba.ops.attention_decode_triton import attention_decode
-
         return attention_decode(q, k, v, segments, window, meta, past)
     return attention_chunk(q, k, v, segments, window, meta, past)
 
@@ -338,7 +334,7 @@ def _forward(
     out, lse = _outputs(q, v, save)
     if not q.shape[0]:
         return out, lse
-    q, k, v = rows_of(q), rows_of(k), rows_of(v)
+    q, k, v = dense_last(q), dense_last(k), dense_last(v)
     heads, h = q.shape[1:]
     groups, e = v.shape[1:]
     h_block, e_block = width_block(h), width_block(e)
@@ -383,11 +379,6 @@ def width_block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as kernels read it; a view is mostly so."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def strides(*tensors: Tensor) -> list[int]:
     """Of all dimensions but the last."""
     return [step for x in tensors for step in x.stride()[:-1]]
@@ -399,7 +390,7 @@ def meta_arguments(
     """(keys, values, their strides, how many)."""
     if meta is None:
         return None, None, [0] * 4, 0
-    k, v = rows_of(meta[0]), rows_of(meta[1])
+    k, v = dense_last(meta[0]), dense_last(meta[1])
     return k, v, strides(k, v), k.shape[0]
 
 
@@ -409,8 +400,8 @@ def _past_arguments(
     """(keys, values, positions, their strides, places)."""
     if past is None:
         return None, None, None, [0] * 7, 0
-    k, v = rows_of(past.k.to(dtype)), rows_of(past.v.to(dtype))
-    positions = rows_of(past.positions)
+    k, v = dense_last(past.k.to(dtype)), dense_last(past.v.to(dtype))
+    positions = dense_last(past.positions)
     return k, v, positions, [*strides(k, v), positions.stride(0)], k.shape[2]
 
 

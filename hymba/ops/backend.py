@@ -144,9 +144,12 @@ def _watched(args: tuple[Any, ...]) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func
         return True
     tensors = [x for x in args if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return True
-    return any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    return wants_grad(*tensors) or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient through these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _refuse_duals(args: tuple[Any, ...]) -> None:
@@ -156,6 +159,11 @@ def _refuse_duals(args: tuple[Any, ...]) -> None:
             raise NotImplementedError(
                 "kernels have no forward-mode derivatives: set HYMBA_BACKEND=torch"
             )
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, as kernels read it; a view mostly is so."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch, operator
+from hymba.ops.backend import dense_last, launch, operator
 from hymba.ops.partials_triton import add_up, processors
 from hymba.ops.segments import Segments
 
@@ -305,7 +305,7 @@ def _causal_conv(
     out, final = _like(x, weight, bias, lengths, initial_state)
     if not x.numel():
         return out, final
-    x, state, weight = _rows(x), _states(initial_state), weight.contiguous()
+    x, state, weight = dense_last(x), _states(initial_state), weight.contiguous()
     tile = forward_tile(rows, channels, x.device)
     launch(
         _conv_forward_kernel, _grid(tile, rows, channels), x, weight,
@@ -329,10 +329,6 @@ def _like(
 ) -> tuple[Tensor, Tensor]:
     left = len(lengths), weight.shape[1] - 1, x.shape[1]
     return x.new_empty(x.shape), x.new_empty(left)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _states(state: Tensor | None) -> Tensor | None:
@@ -371,30 +367,29 @@ def _causal_conv_backward(
     """dx, the gradients of taps and bias (K+1, E), and of the state."""
     segments, (rows, channels), K = Segments(tuple(lengths)), x.shape, weight.shape[1]
     dx, state = x.new_empty(x.shape), _states(initial_state)
-    if not rows:
-        dweights = weight.new_zeros((K + 1, channels) if want_weights else 0)
-        dstate = None if initial_state is None else torch.zeros_like(initial_state)
-        return dx, dweights, x.new_empty(0) if dstate is None else dstate
     want_state = want_state and _has_places(state)
+    if not x.numel():
+        shape = initial_state.shape if want_state and initial_state is not None else (0,)
+        dweights = weight.new_zeros((K + 1, channels) if want_weights else 0)
+        return dx, dweights, x.new_zeros(shape)
     tile = backward_tile(rows, channels, x.device)
     chunks = triton.cdiv(rows, tile.rows) if want_weights else 0
     parts = x.new_empty((chunks, K + 1, channels), dtype=torch.float32)
     dstate = x.new_empty(
         (segments.count if want_state else 0, K - 1, channels), dtype=torch.float32
     )
-    if x.numel():
-        x, dout, weight = _rows(x), _rows(dout), weight.contiguous()
-        launch(
-            _conv_backward_kernel, _grid(tile, rows, channels), dout,
-            dout if dfinal is None else dfinal.contiguous(), x, weight,
-            weight if bias is None else bias, segments.owners(x.device),
-            segments.offsets(x.device), x if state is None else state, dx, dstate, parts,
-            rows, segments.count, _state_stride(state), tile.rows,
-            E=channels, K=K, STRIDE=x.stride(0), DOUT_STRIDE=dout.stride(0),
-            BIAS=bias is not None, STATE=_has_places(state), FINAL=dfinal is not None,
-            DSTATE=want_state, SUM=want_weights, BLOCK_E=tile.channels,
-            GROUP=tile.group, num_warps=tile.warps, maxnreg=tile.registers,
-        )  # fmt: skip
+    x, dout, weight = dense_last(x), dense_last(dout), weight.contiguous()
+    launch(
+        _conv_backward_kernel, _grid(tile, rows, channels), dout,
+        dout if dfinal is None else dfinal.contiguous(), x, weight,
+        weight if bias is None else bias, segments.owners(x.device),
+        segments.offsets(x.device), x if state is None else state, dx, dstate, parts,
+        rows, segments.count, _state_stride(state), tile.rows,
+        E=channels, K=K, STRIDE=x.stride(0), DOUT_STRIDE=dout.stride(0),
+        BIAS=bias is not None, STATE=_has_places(state), FINAL=dfinal is not None,
+        DSTATE=want_state, SUM=want_weights, BLOCK_E=tile.channels,
+        GROUP=tile.group, num_warps=tile.warps, maxnreg=tile.registers,
+    )  # fmt: skip
     dweights = add_up(parts, weight.dtype) if want_weights else weight.new_empty(0)
     return dx, dweights, _sum_states(dstate, initial_state) if want_state else x.new_empty(0)
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch, operator
+from hymba.ops.backend import dense_last, launch, operator
 from hymba.ops.partials_triton import add_up, processors
 
 
@@ -53,8 +53,7 @@ def backward_tile(width: int, tensors: int, size: int) -> Tile:
 
 def flat(x: Tensor) -> Tensor:
     """x (..., D) as (N, D), as a view wherever the kernels can read it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return dense_last(x.reshape(-1, x.shape[-1]))
 
 
 def walkers(device: torch.device, tile: Tile, rows: int) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch, operator
+from hymba.ops.backend import dense_last, launch, operator
 
 BLOCK, WARPS = 1024, 4  # pairs of a program
 
@@ -51,7 +51,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     if not x.numel():
         return out
     rows, heads, width = x.shape
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    x, cos, sin = (dense_last(t) for t in (x, cos, sin))
     pairs = triton.next_power_of_2(width // 2)
     each = max(1, BLOCK // pairs)
     launch(

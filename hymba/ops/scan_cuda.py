@@ -19,6 +19,7 @@ from torch import Tensor
 from hymba.ops.segments import Segments, table
 
 TILE = 32  # rows between saved states, as in scan.cuh
+UNCUT = 1 << 20  # tiles of a piece, more than there are
 log = logging.getLogger("hymba")
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -30,7 +31,7 @@ class Plan(NamedTuple):
     channels: int  # of a lane
     warps: int  # of a block
     blocks: int  # on a multiprocessor: caps the registers
-    tiles: int = 1 << 20  # of a piece; more than there are: not cut in time
+    tiles: int = UNCUT  # of a piece
 
     @property
     def width(self) -> int:

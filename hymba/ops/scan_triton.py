@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops import scan_cuda
-from hymba.ops.backend import launch, operator
+from hymba.ops.backend import launch, operator, wants_grad
 from hymba.ops.segments import Segments
 
 TILE = scan_cuda.TILE
@@ -41,10 +41,8 @@ def selective_scan(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `selective_scan_reference` in scan.py. States are float32."""
-    given = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    rows = (x.to(u.dtype) for x in (dt, B, C, z))  # autocast may mix them
-    dt, B, C, z = rows
+    save = wants_grad(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    dt, B, C, z = (x.to(u.dtype) for x in (dt, B, C, z))  # autocast may mix them
     A = A.float().contiguous()
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
@@ -186,7 +184,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, E), final (S, E, n) and, to `save` for backward, the state before every TILE rows."""
     channels, n, count = u.shape[1], A.shape[1], segments.count
-    table = scan_cuda.tables(segments.lengths, 1 << 20, u.device)
+    table = scan_cuda.tables(segments.lengths, scan_cuda.UNCUT, u.device)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     final = u.new_empty(count, channels, n, dtype=torch.float32)
     saved = final.new_empty(table.tiles if save else 0, channels, n)
@@ -221,7 +219,7 @@ def _backward(
     """du, ddt, dA, dB and dC side by side, dD, dz, dbias, dstate (S, E, n), which is empty where
     nobody wants it."""
     (rows, channels), n, count = u.shape, A.shape[1], segments.count
-    table = scan_cuda.tables(segments.lengths, 1 << 20, u.device)
+    table = scan_cuda.tables(segments.lengths, scan_cuda.UNCUT, u.device)
     du, ddt, dz = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(3))
     blocks, n_pad = triton.cdiv(channels, BLOCK), triton.next_power_of_2(n)
     wide = saved.new_empty

@@ -14,12 +14,14 @@ one contiguous piece of memory.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch, operator
+from hymba.ops.backend import dense_last, launch, operator
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -241,10 +243,6 @@ def _rope_and_store_kernel(
         tl.store(at, value.to(tl.float32).to(store_v.dtype.element_ty), mask=mask)
 
 
-def _dense_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _in_place(state: Tensor, *strides: int) -> None:
     """The numbers of a slot lie as the kernels take it: a copy would be written to in vain."""
     if state.stride()[-len(strides) :] != strides:
@@ -264,7 +262,7 @@ def conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
 ) -> Tensor:
     """As `hymba.ops.step.conv_step`."""
-    x = _dense_last(x)
+    x = dense_last(x)
     rows, channels = x.shape
     out = x.new_empty(rows, channels)
     if rows == 0:
@@ -284,7 +282,7 @@ def conv_step(
 
 
 @conv_step.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -302,7 +300,7 @@ def state_step(
     slots: Tensor,
 ) -> Tensor:
     """As `hymba.ops.step.state_step`."""
-    u, dt, B, C, z = (_dense_last(x) for x in (u, dt, B, C, z))
+    u, dt, B, C, z = (dense_last(x) for x in (u, dt, B, C, z))
     rows, channels = u.shape
     y = u.new_empty(rows, channels)
     if rows == 0:
@@ -319,18 +317,7 @@ def state_step(
 
 
 @state_step.register_fake
-def _(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    slots: Tensor,
-) -> Tensor:
+def _(u: Tensor, *_: Any) -> Tensor:
     return u.new_empty(u.shape)
 
 
@@ -351,7 +338,7 @@ def ssm_step(
     eps: float,
 ) -> Tensor:
     """As `hymba.ops.step.ssm_step`."""
-    u, low, dt_weight, z = (_dense_last(x) for x in (u, low, dt_weight, z))
+    u, low, dt_weight, z = (dense_last(x) for x in (u, low, dt_weight, z))
     (rows, channels), (_, rank) = u.shape, dt_weight.shape
     y = u.new_empty(rows, channels)
     if rows == 0:
@@ -366,31 +353,17 @@ def ssm_step(
         STRIDE_LOW=low.stride(0), STRIDE_W=dt_weight.stride(0),
         RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]),
-        DOT=_dot_type(low), **cut,
+        DOT=dot_type(low), **cut,
     )  # fmt: skip
     return y
 
 
 @ssm_step.register_fake
-def _(
-    u: Tensor,
-    low: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    dt_norm: Tensor,
-    B_norm: Tensor,
-    C_norm: Tensor,
-    A: Tensor,
-    D: Tensor,
-    z: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    eps: float,
-) -> Tensor:
+def _(u: Tensor, *_: Any) -> Tensor:
     return u.new_empty(u.shape)
 
 
-def _dot_type(x: Tensor) -> tl.dtype:
+def dot_type(x: Tensor) -> tl.dtype:
     """What goes into matrix products; the interpreter knows no bfloat16."""
     kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     return kinds.get(x.dtype, tl.float32) if x.is_cuda else tl.float32
@@ -409,13 +382,13 @@ def rope_operator(
     places: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The turned k is empty where there is none: an operator cannot return None."""
-    q = _dense_last(q)
+    q = dense_last(q)
     rows, heads, width = q.shape
     q_out = q.new_empty(q.shape)
     groups, value_width, k_out = 0, 1, q.new_empty(0)
     strides = [0] * 10
     if k is not None and v is not None and store_k is not None and store_v is not None:
-        k, v = _dense_last(k), _dense_last(v)
+        k, v = dense_last(k), dense_last(v)
         groups, value_width, k_out = k.shape[1], v.shape[2], k.new_empty(k.shape)
         strides = [*k.stride()[:2], *v.stride()[:2], *store_k.stride()[:3], *store_v.stride()[:3]]
         if store_k.stride(-1) != 1 or store_v.stride(-1) != 1:
@@ -437,17 +410,7 @@ def rope_operator(
 
 
 @rope_operator.register_fake
-def _(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    store_k: Tensor | None,
-    store_v: Tensor | None,
-    slots: Tensor,
-    places: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)
 
 

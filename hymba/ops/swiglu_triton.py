@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch, operator
+from hymba.ops.backend import dense_last, launch, operator
 
 BLOCK, WARPS = 2048, 4  # elements of a program
 
@@ -57,7 +57,7 @@ def _views(*tensors: Tensor) -> list[Tensor]:
     if all(t.is_contiguous() for t in tensors) and x.numel() < 2**31 - BLOCK:
         return [t.view(1, -1) for t in tensors]
     flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
-    return [t if t.stride(1) == 1 else t.contiguous() for t in flat]
+    return [dense_last(t) for t in flat]
 
 
 def _grid(x: Tensor) -> tuple[int]:
