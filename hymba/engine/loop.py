@@ -9,47 +9,71 @@ sequences that already speak, and every row of the batch gives what it gives alo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hymba.cache import Cache
 from hymba.config import Config
-from hymba.engine.sampling import Sampling, sample
+from hymba.engine.grammar import Grammars, Matcher
+from hymba.engine.request import Completion
+from hymba.engine.sampling import Sampling
+from hymba.engine.sampling_reference import sample_reference
 from hymba.errors import UserError
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
+from hymba.tokenizer import Tokenizer
 
 STEP_TOKENS = 1024  # new tokens that one step computes, over all sequences
 
 
-@dataclass
-class Completion:
-    """What one prompt was answered with. `finish` is "stop" (a stop id, left out), "length"
-    (max_tokens, or the model's last position) or None while it goes on."""
-
-    tokens: list[int] = field(default_factory=list)
-    finish: str | None = None
-
-
 class _Sequence:
-    def __init__(self, index: int, prompt: Sequence[int], sampling: Sampling, config: Config):
-        self.index, self.known, self.sampling = index, list(prompt), sampling
+    """One prompt and what it says. `matcher`: of its constraint; `tokenizer`: for stop strings."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        config: Config,
+        tokenizer: Tokenizer | None,
+        matcher: Matcher | None,
+    ) -> None:
+        self.index, self.prompt, self.known = index, list(prompt), list(prompt)
+        self.sampling, self.seed = sampling, sampling.some_seed()
+        self.tokenizer, self.matcher = tokenizer, matcher
         self.said = Completion()
-        self.generator = sampling.generator()
-        eos = () if config.eos_token_id is None else (config.eos_token_id,)
-        self.stop_ids = eos if sampling.stop_ids is None else sampling.stop_ids
+        self.stop_ids = _stop_ids(sampling, config)
         self.room = min(sampling.max_tokens, config.max_positions - len(prompt))
+
+    def choose(self, logits: Tensor) -> int:
+        """logits (V,) -> the next token."""
+        allowed = None if self.matcher is None else self.matcher.allowed()
+        said = self.said.tokens
+        return sample_reference(logits, self.sampling, self.seed, 0, self.prompt, said, allowed)
 
     def say(self, token: int) -> None:
         if token in self.stop_ids:
             self.said.finish = "stop"
             return
+        if self.matcher is not None and not self.matcher.accept(token):
+            self.said.finish = "stop"  # nothing was allowed: the constraint is met, and has no end
+            return
         self.known.append(token)
         self.said.tokens.append(token)
-        if len(self.said.tokens) >= self.room:
+        if self._stopped() or (self.matcher is not None and self.matcher.finished):
+            self.said.finish = "stop"
+        elif len(self.said.tokens) >= self.room:
             self.said.finish = "length"
+
+    def _stopped(self) -> bool:
+        """Whether a stop string was said; `text` ends where the first of them begins."""
+        if self.tokenizer is None:
+            return False
+        text = self.tokenizer.decode(self.said.tokens)
+        found = [text.index(stop) for stop in self.sampling.stop if stop in text]
+        self.said.text = text[: min(found)] if found else text
+        return bool(found)
 
 
 def generate(
@@ -57,16 +81,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling] | None = None,
     step_tokens: int = STEP_TOKENS,
+    tokenizer: Tokenizer | None = None,
 ) -> list[Completion]:
     """Continue every prompt (token ids); one `Sampling` for all or one each.
 
-    Raises UserError for an empty prompt, ids outside the vocabulary, or no position left."""
-    completions = [Completion() for _ in prompts]
-    for index, token, finish in stream(model, prompts, sampling, step_tokens):
-        if token is not None:
-            completions[index].tokens.append(token)
-        completions[index].finish = finish
-    return completions
+    With a tokenizer the completions have a text too; stop strings and constraints need one. Raises
+    UserError for an empty prompt, ids outside the vocabulary, or no position left."""
+    sequences = _sequences(model.config, prompts, sampling, tokenizer)
+    for _ in _run(model, sequences, step_tokens):
+        pass
+    return [sequence.said for sequence in sequences]
 
 
 def stream(
@@ -74,17 +98,27 @@ def stream(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling] | None = None,
     step_tokens: int = STEP_TOKENS,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[tuple[int, int | None, str | None]]:
     """As `generate`, token by token: (prompt's index, token or None, finish or None). A stop id
-    is not given as a token."""
-    alive = _sequences(model.config, prompts, sampling)
+    is not given as a token; the tokens of a stop string are."""
+    sequences = _sequences(model.config, prompts, sampling, tokenizer)
+    for sequence, token in _run(model, sequences, step_tokens):
+        yield sequence.index, token, sequence.said.finish
+
+
+def _run(
+    model: LanguageModel, sequences: list[_Sequence], step_tokens: int
+) -> Iterator[tuple[_Sequence, int | None]]:
+    """Whoever said a token, and the token (None: a stop id), until all are finished."""
+    alive = sequences
     cache = _cache(model, len(alive))
     while alive:
         for sequence, logits in _step(model, alive, cache, step_tokens):
             before = len(sequence.said.tokens)
-            sequence.say(sample(logits, sequence.sampling, sequence.generator))
-            token = sequence.said.tokens[-1] if len(sequence.said.tokens) > before else None
-            yield sequence.index, token, sequence.said.finish
+            sequence.say(sequence.choose(logits))
+            spoke = len(sequence.said.tokens) > before
+            yield sequence, sequence.said.tokens[-1] if spoke else None
         going = [slot for slot, sequence in enumerate(alive) if sequence.said.finish is None]
         if 0 < len(going) < len(alive):
             cache.select(going)
@@ -126,14 +160,37 @@ def _sequences(
     config: Config,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling] | None,
+    tokenizer: Tokenizer | None,
 ) -> list[_Sequence]:
     each = sampling if isinstance(sampling, Sequence) else [sampling or Sampling()] * len(prompts)
     if len(each) != len(prompts):
         raise UserError(f"{len(prompts)} prompts but {len(each)} samplings: give one, or one each")
     for index, prompt in enumerate(prompts):
         _check_prompt(index, prompt, config)
-    pairs = zip(prompts, each, strict=True)
-    return [_Sequence(i, prompt, how, config) for i, (prompt, how) in enumerate(pairs)]
+    for how in each:
+        _check_sampling(how, config, tokenizer)
+    matchers = [_matcher(how, config, tokenizer) for how in each]
+    asked = enumerate(zip(prompts, each, matchers, strict=True))
+    return [_Sequence(i, prompt, how, config, tokenizer, m) for i, (prompt, how, m) in asked]
+
+
+def _stop_ids(sampling: Sampling, config: Config) -> tuple[int, ...]:
+    eos = () if config.eos_token_id is None else (config.eos_token_id,)
+    return eos if sampling.stop_ids is None else sampling.stop_ids
+
+
+def _matcher(sampling: Sampling, config: Config, tokenizer: Tokenizer | None) -> Matcher | None:
+    if tokenizer is None:
+        return None
+    return Grammars(tokenizer, config.vocab_size, _stop_ids(sampling, config)).matcher(sampling)
+
+
+def _check_sampling(sampling: Sampling, config: Config, tokenizer: Tokenizer | None) -> None:
+    sampling.check_vocabulary(config.vocab_size)
+    if sampling.n != 1:
+        raise UserError("this loop gives one completion a prompt: repeat the prompt, or use LLM")
+    if tokenizer is None and (sampling.stop or sampling.constrained):
+        raise UserError("stop strings and constraints need a tokenizer: pass tokenizer=")
 
 
 def _check_prompt(index: int, prompt: Sequence[int], config: Config) -> None:
