@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-import hymba.ops.swiglu  # noqa: F401  before the function of that name, or it would replace it
+import hymba.ops.attention_step  # before the functions of these names, or they would replace them
+import hymba.ops.swiglu  # noqa: F401
 from hymba.ops.attention import Meta, Past
 from hymba.ops.backend import twin
 from hymba.ops.loss import IGNORE
@@ -23,6 +24,7 @@ __all__ = [
     "Segments",
     "add_rms_norm",
     "attention",
+    "attention_step",
     "causal_conv",
     "conv_step",
     "fuse_heads",
@@ -163,6 +165,35 @@ def rope_and_store(
     _fit("rope_and_store", slots=(len(slots), len(q)), places=(len(places), len(q)))
     op = twin("rope_and_store", q)
     return op(q, k, v, cos, sin, store_k, store_v, slots, places)
+
+
+def attention_step(
+    q: Tensor,
+    store_k: Tensor,
+    store_v: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    most: int,
+    meta: Meta | None = None,
+) -> Tensor:
+    """q (S, H, h), store_k (pages, G, P, h), store_v (pages, G, P, e) -> (S, H, e): row s sees the
+    first counts[s] places of its pages table[s] (S, T), and all meta keys."""
+    rows, (pages, groups, size, width) = len(q), store_k.shape
+    _fit("attention_step", table=(len(table), rows), counts=(len(counts), rows))
+    _fit("attention_step", store_k=(width, q.shape[2]))
+    for got, want in zip(store_v.shape, (pages, groups, size), strict=False):
+        _fit("attention_step", store_v=(got, want))
+    if q.shape[1] % groups:
+        raise ValueError(f"attention_step: {q.shape[1]} query heads do not share {groups} evenly")
+    if most > table.shape[1] * size:
+        raise ValueError(
+            f"attention_step: most is {most}, a row has {table.shape[1] * size} places"
+        )
+    for x, store in zip(meta or (), (store_k, store_v), strict=False):
+        _fit("attention_step", meta=(x.shape[1], groups))
+        _fit("attention_step", meta=(x.shape[2], store.shape[3]))
+    op = twin("attention_step", q)
+    return op(q, store_k, store_v, table, counts, most, meta)
 
 
 def conv_step(

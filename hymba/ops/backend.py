@@ -64,6 +64,7 @@ def twin(op: str, x: Tensor) -> Callable[..., Any]:
 FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
     "add_rms_norm": "norm",
     "attention": "attention",
+    "attention_step": "attention_step",
     "causal_conv": "conv",
     "conv_step": "step",
     "fuse_heads": "norm",
