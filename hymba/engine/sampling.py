@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hymba.engine.uniform import stream_key, uniforms
 from hymba.errors import UserError
 
 LOGPROBS = 20  # the likeliest tokens that may be asked for, as in OpenAI's interface
 COMPLETIONS = 128
 STOPS = 16
 COLDEST = 1e-5  # a lower temperature is greedy: logits divided by it are no numbers any more
+SHARES = 2.0**50  # a probability is so many shares: their sum is exact in int64 and in float64
 
 # name: (a whole number?, what must hold, the rule in words). Every float has two bounds, so that
 # NaN and infinity fail, and so that float32 can hold what is made of it.
@@ -188,44 +190,6 @@ def _schema(schema: object) -> str | None:
     return text
 
 
-# Randomness: splitmix64 (Steele, Lea and Flood 2014) as a function of a counter, without a state
-
-
-GOLDEN = 0x9E3779B97F4A7C15
-MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
-WORD = 2**64 - 1
-SHARES = 2.0**50  # a probability is so many shares: their sum is exact in int64 and in float64
-
-
-def stream_key(seed: int, index: int) -> int:
-    """Where the random numbers of a request's completion `index` begin, as an int64."""
-    return signed(mix(mix(seed & WORD) + index * GOLDEN & WORD))
-
-
-def mix(word: int) -> int:
-    """64 bits in, 64 well mixed bits out."""
-    for shift, factor in MIXERS:
-        word = (word ^ word >> shift) * factor & WORD
-    return word
-
-
-def signed(word: int) -> int:
-    """The int64 of the same bits."""
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _uniform(keys: Tensor, numbers: Tensor) -> Tensor:
-    """keys (D,), numbers of the drawn tokens (D,), int64 -> (D,) float64 in [0, 1)."""
-    word = keys + numbers * signed(GOLDEN)  # int64 wraps round on every device
-    for shift, factor in MIXERS:
-        word = (word ^ _shifted(word, shift)) * signed(factor)
-    return _shifted(word, 11).double() * 2.0**-53
-
-
-def _shifted(word: Tensor, by: int) -> Tensor:
-    return (word >> by) & (2 ** (64 - by) - 1)  # >> alone would repeat the sign
-
-
 # The batch
 
 
@@ -302,12 +266,13 @@ class Sampler:
         """logits (S or more, V), slots (S) on the host and on the device -> S tokens.
 
         masks: (S, ceil(V / 32)) int32, bit j of word i allows token 32 i + j."""
-        plan, raw = self._plan_of(tuple(slots)), logits[: len(slots)]
+        count = len(slots)
+        plan, raw, slot_tensor = self._plan_of(tuple(slots)), logits[:count], slot_tensor[:count]
         x = raw
         if plan.edited is not None:
             x = plan.edited.rows.put(x.float(), self._edits.apply(x, plan.edited))
         if masks is not None:
-            x = _masked(x, masks.to(self.device, non_blocking=True))
+            x = _masked(x, masks[:count].to(self.device, non_blocking=True))
         if plan.drawing is None:
             tokens = x.argmax(-1)
         else:
@@ -315,7 +280,7 @@ class Sampler:
             chosen = _draw(plan.drawing.rows.take(x), numbers, plan.drawing)
             tokens = chosen if plan.drawing.rows.all else x.argmax(-1)
             tokens = plan.drawing.rows.put(tokens, chosen)
-            self._numbers.index_add_(0, slot_tensor, torch.ones_like(slot_tensor))
+            self._numbers.index_add_(0, slot_tensor, self._numbers.new_ones(count))
         if plan.edited is not None:
             self._edits.count(plan.edited, plan.edited.rows.take(tokens))
         return _with_logprobs(raw, tokens, plan.logprobs)
@@ -375,7 +340,7 @@ def _draw(x: Tensor, numbers: Tensor, drawing: _Drawing) -> Tensor:
         lowest = drawing.sorted.put(lowest, found)
     if lowest is not None:
         x = x.masked_fill(x < lowest, -math.inf)
-    return _choose(x, _uniform(drawing.keys, numbers))
+    return _choose(x, uniforms(drawing.keys, numbers))
 
 
 def _lowest_kept(x: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hymba.engine.sampling import GOLDEN, SHARES, Sampling, mix, stream_key
+from hymba.engine.sampling import SHARES, Sampling
+from hymba.engine.uniform import GOLDEN, mix, stream_key
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def filtered(x: Tensor, sampling: Sampling) -> Tensor:
 
 def uniform(seed: int, index: int, number: int) -> float:
     """The random number in [0, 1) of token `number` of completion `index`."""
-    return (mix((stream_key(seed, index) + number * GOLDEN) % 2**64) >> 11) * 2.0**-53
+    return (mix((stream_key(seed, index) + (number + 1) * GOLDEN) % 2**64) >> 11) * 2.0**-53
 
 
 def _shares(x: Tensor) -> list[int]:
