@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": ("hymba.commands.demo", "train a small model on this machine and look at it"),
     "generate": ("hymba.commands.generate", "continue a prompt from a model folder"),
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
+    "serve": ("hymba.commands.serve", "an OpenAI-style server with a chat page"),
 }
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell counts signals
 

@@ -12,11 +12,13 @@ chat format for a tokenizer that has none, and it knows nothing of models.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +170,15 @@ class Tokenizer:
         encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in encoded]
 
-    def chat(self, messages: Sequence[Message], reply: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        reply: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Ids of a conversation in the folder's own chat format, ending where a `reply` begins.
 
+        `tools` (OpenAI's descriptions) are handed to the template, which may ignore them.
         TokenizerError where the tokenizer has no chat template, or the template refuses.
         """
         if not self.has_chat_template:
@@ -178,7 +186,11 @@ class Tokenizer:
                 "this tokenizer has no chat template: give plain text, or a checkpoint that was "
                 "trained on conversations"
             )
-        return self.encode(self._render(messages, reply), special=True)
+        return self.encode(self._render(messages, reply, tools), special=True)
+
+    def prepare_chat(self) -> None:
+        """Load what the first `chat` would load."""
+        _ = self._template
 
     # ---- ids to text
 
@@ -187,9 +199,24 @@ class Tokenizer:
         text: str = self._marked.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def stream(self) -> TextStream:
-        """A fresh decoder for ids that arrive one at a time."""
-        return TextStream(self)
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds inside a text, maybe half a character; a special token's own name;
+        b"" for ids that are no token."""
+        piece: str | None = self._marked.id_to_token(token)
+        if piece is None or token in self.special_ids:
+            return (piece or "").encode()
+        if self._byte_of is not None and all(letter in self._byte_of for letter in piece):
+            return bytes(self._byte_of[letter] for letter in piece)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        # Behind a letter, because some decoders strip the space that begins a text.
+        letter = self.encode("a")[-1:]
+        return self.decode([*letter, token])[len(self.decode(letter)) :].encode()
+
+    def stream(self, begins: bool = True) -> TextStream:
+        """A fresh decoder for ids that arrive one at a time. Some decoders strip the space that
+        begins a text; `begins` says whether these ids do, or continue one."""
+        return TextStream(self, begins)
 
     # ---- inside
 
@@ -205,20 +232,46 @@ class Tokenizer:
         found: int | None = self._marked.token_to_id(text) if isinstance(text, str) else None
         return found
 
-    def _render(self, messages: Sequence[Message], reply: bool) -> str:
-        from jinja2 import TemplateError
+    @functools.cached_property
+    def _template(self) -> Callable[..., str]:
+        """transformers' renderer of the folder's chat template; loading it takes a second."""
         from transformers import AutoTokenizer  # only a chat needs it, and it is slow to import
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            theirs = AutoTokenizer.from_pretrained(folder)
+            render: Callable[..., str] = AutoTokenizer.from_pretrained(folder).apply_chat_template
+        return render
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        reply: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> str:
+        from jinja2 import TemplateError
+
+        render = self._template
         try:
-            text: str = theirs.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=reply
+            return render(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                tokenize=False,
+                add_generation_prompt=reply,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # a template is code of its folder
             raise TokenizerError(f"the chat template refuses these messages: {error}") from error
-        return text
+
+    @functools.cached_property
+    def _byte_of(self) -> dict[str, int] | None:
+        """The byte behind each letter of a byte-level vocabulary; None for other vocabularies."""
+        if not isinstance(self._marked.decoder, decoders.ByteLevel):
+            return None
+        # The alphabet's rule: printable bytes stand for themselves, the others, in their order,
+        # for the letters from U+0100 on.
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = (byte for byte in range(BYTES) if byte not in printable)
+        letters = {chr(byte): byte for byte in printable}
+        return letters | {chr(BYTES + i): byte for i, byte in enumerate(others)}
 
 
 class TextStream:
@@ -237,13 +290,13 @@ class TextStream:
     # where byte tokens are a fallback; the fourth byte would complete it.
     _HELD = 3
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, begins: bool = True) -> None:
         self._tokenizer = tokenizer
         # After the start an id is decoded behind the id of a plain letter: some decoders strip the
         # space that begins a text, and only the first id begins one.
         self._letter = tokenizer.encode("a")[-1:]
-        self._ids: list[int] = []
-        self._shown = 0  # characters of the ids' text that came out already
+        self._ids: list[int] = [] if begins else self._letter.copy()
+        self._shown = len(self._ids)  # characters of the ids' text that came out already
 
     def push(self, token: int) -> str:
         """Text that `token` makes certain, often empty or more than one character."""

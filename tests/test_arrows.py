@@ -25,6 +25,7 @@ ROWS: list[list[set[str]]] = [
     [{"model"}],
     [{"weights"}],
     [{"engine"}, {"train"}, {"hf"}],
+    [{"server"}],
     [{"cli", "commands", "recipes", "__main__"}],
 ]
 PORCH = "__init__"
@@ -48,8 +49,10 @@ ONLY_IN = {
     "triton": re.compile(r"_triton\.py$"),
     "cuda": re.compile(r"_cuda\.py$"),
     "lm_eval": re.compile(r"^eval/harness\.py$"),
-    "fastapi": re.compile(r"^server\.py$"),
-    "starlette": re.compile(r"^server\.py$"),
+    **dict.fromkeys(
+        ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"),
+        re.compile(r"^server/"),
+    ),
 }
 
 

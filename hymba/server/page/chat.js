@@ -401,12 +401,13 @@ async function look() {
   let wait = POLL.well;
   try {
     if (!met) await meet();
-    show(await ask("stats", key()));
-    health("ready", "ready");
+    const stats = await ask("stats", key());
+    show(stats);
+    health(stats.status === "ready" ? "ready" : "waiting", stats.status);
   } catch (problem) {
     wait = POLL.ill;
-    if (problem.kind === "key") health("locked", "wants an API key");
-    else if (problem.kind === "busy") health("locked", "busy");
+    if (problem.kind === "key") health("waiting", "wants an API key");
+    else if (problem.kind === "busy") health("waiting", "busy");
     else health("gone", problem.kind === "gone" ? "not answering" : "not understood");
     if (problem.kind === "gone") met = false; // another model may come back
   }
@@ -427,11 +428,11 @@ function health(state, words) {
   if ($("health").textContent === words) return;
   $("health").dataset.state = state;
   $("health").textContent = words;
-  $("live").hidden = state !== "ready";
+  $("live").hidden = state === "gone";
 }
 
 function show(stats) {
-  $("plain").hidden = stats.template !== false;
+  $("plain").hidden = stats.chat_template;
   $("cache").textContent = `${size(stats.cache_bytes)} of ${size(stats.cache_bytes_total)}`;
   $("cache-meter").value = stats.cache_bytes_total ? stats.cache_bytes / stats.cache_bytes_total : 0;
   $("speed").textContent = `${short(stats.tokens_per_second ?? 0)} tokens/s`;

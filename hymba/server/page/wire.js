@@ -112,12 +112,14 @@ async function refusal(response) {
     return new Problem("busy", `The server is busy with other requests. Try again ${when}.`);
   }
   if (status === 503) return new Problem("busy", told(body, "The server is not ready.") + " Try again in a moment.");
-  return new Problem("refused", told(body, `The server refused with status ${status}.`));
+  const words = told(body, `The server refused with status ${status}.`);
+  const long = body?.error?.code === "context_length_exceeded" || status === 413;
+  return new Problem("refused", long ? `${words} Start a new chat, or shorten the system text.` : words);
 }
 
-/** The server's own words in an error object: OpenAI's, or FastAPI's. */
+/** The server's own words in an error object. */
 function told(body, otherwise) {
-  const words = body?.error?.message ?? body?.error ?? body?.detail;
+  const words = body?.error?.message;
   const text = typeof words === "string" && words ? words : otherwise;
   const sentence = text[0].toUpperCase() + text.slice(1);
   return /[.!?]$/.test(sentence) ? sentence : `${sentence}.`;

@@ -1,0 +1,168 @@
+"""`hymba serve MODEL`: an OpenAI-style server with a chat page."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from hymba.commands import choose_threads, parse
+from hymba.errors import UserError
+
+if TYPE_CHECKING:
+    from hymba.engine.llm import LLM
+    from hymba.server import Settings
+
+EXAMPLES = (
+    "runs/demo/hymba",
+    "nvidia/Hymba-1.5B-Instruct --device cuda --dtype bfloat16 --port 9000",
+    "runs/demo/hymba --host 0.0.0.0 --api-key SECRET --cors https://example.org",
+    """runs/demo/hymba   then, from another terminal:
+
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+      -d '{"prompt": "import os", "max_tokens": 32}'
+
+    from openai import OpenAI
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    print(client.completions.create(model="hymba", prompt="import os").choices[0].text)""",
+)
+MEGABYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve a model by OpenAI's API, with a chat page at /. Ctrl-C or SIGTERM finishes what runs
+    and ends; a second one ends at once."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    """A model folder or a hub id."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in (think of --api-key)."""
+    port: int = 8000
+    """Port (0: a free one)."""
+    name: str | None = None
+    """The model's name in the API; without it the hub id, or the folder's last part."""
+    api_key: str | None = None
+    """Calls must bring this key; without it HYMBA_API_KEY, which other users cannot see in ps."""
+    cors: tuple[str, ...] = ()
+    """Web pages from these origins may call ("*": all)."""
+    max_sequences: int = 0
+    """Sequences computed at once (0: chosen for the machine)."""
+    max_tokens: int = 0
+    """Tokens of one sequence, prompt and answer (0: the model's positions)."""
+    max_prompt_tokens: int = 0
+    """Tokens of one prompt (0: as many as fit)."""
+    step_tokens: int = 0
+    """Tokens computed in one step (0: chosen for the machine)."""
+    cache_mb: int = 0
+    """Megabytes of cache for all sequences (0: a share of what is free)."""
+    queue: int = 256
+    """Requests that may wait; more are answered 429."""
+    timeout: float = 600.0
+    """Seconds for one call, waiting included."""
+    max_body_mb: float = 4.0
+    """Megabytes of one call's body."""
+    grace: float = 30.0
+    """Seconds that running calls may take to finish after the first Ctrl-C or SIGTERM."""
+    device: str | None = None
+    """cpu, cuda, ...; without it a GPU where there is one."""
+    dtype: str | None = None
+    """float32, bfloat16, ...; without it the checkpoint's own."""
+    threads: int = 0
+    """CPU threads (0: half the cores)."""
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(Options, argv, "serve", EXAMPLES)
+    _check(options)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    from hymba.server import create_app
+    from hymba.server.run import bind, run
+
+    bound = bind(options.host, options.port)  # before the model, whose loading takes long
+    choose_threads(options.threads)
+    llm, settings = _open(options)
+    port = bound.getsockname()[1]
+    finished = run(
+        create_app(llm, settings), bound, options.grace, lambda: _tell(options.host, port, settings)
+    )
+    if not finished:
+        os._exit(130)  # at once: a step may be running on the engine's thread
+    return 0
+
+
+def _check(options: Options) -> None:
+    for name in ("timeout", "max_body_mb"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be over 0")
+    for name in ("port", "grace", "cache_mb", "max_prompt_tokens", "threads"):
+        if not getattr(options, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more")
+    if options.api_key == "":
+        raise UserError("--api-key is empty: leave it out, or give a key")
+
+
+def _open(options: Options) -> tuple[LLM, Settings]:
+    from hymba.engine.limits import Limits
+    from hymba.engine.llm import LLM
+    from hymba.hub import find
+    from hymba.server.settings import Settings, defaults_of, eos_of
+
+    folder = find(options.model)
+    limits = Limits(
+        max_sequences=options.max_sequences,
+        max_tokens=options.max_tokens,
+        step_tokens=options.step_tokens,
+        cache_bytes=options.cache_mb * MEGABYTE,
+        queue=options.queue,
+    )
+    llm = LLM(folder, device=options.device, dtype=options.dtype, limits=limits)
+    generation = _generation_config(folder)
+    settings = Settings(
+        model=options.name or _name(options.model),
+        api_key=options.api_key or os.environ.get("HYMBA_API_KEY") or None,
+        cors_origins=options.cors,
+        max_body_bytes=int(options.max_body_mb * MEGABYTE),
+        max_prompt_tokens=options.max_prompt_tokens or None,
+        timeout=options.timeout,
+        eos_ids=eos_of(generation),
+        defaults=defaults_of(generation),
+    )
+    return llm, settings
+
+
+def _name(model: str) -> str:
+    """A hub id as it is, a folder by its last part."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _tell(host: str, port: int, settings: Settings) -> None:
+    here = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    key = ' -H "Authorization: Bearer $HYMBA_API_KEY"' if settings.api_key else ""
+    defaults = ", ".join(f"{name} {value:g}" for name, value in settings.defaults.items())
+    print(f"serving {settings.model} at {here}  (chat page: {here}/, Ctrl-C ends)")
+    print(f'try    curl {here}/v1/completions{key} -H "Content-Type: application/json" \\')
+    print("""         -d '{"prompt": "import os", "max_tokens": 32}'""")
+    if defaults:
+        print(f"where a call leaves it open, by generation_config.json: {defaults}")
+    print(end="", flush=True)
