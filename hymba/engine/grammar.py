@@ -26,10 +26,11 @@ from hymba.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import xgrammar
 
-CACHE_BYTES = 256 * 2**20  # of compiled grammars
+CACHE_BYTES = 128 * 2**20  # of compiled grammars, twice
 # Between two parts of a JSON text. Without a bound a small model may say spaces for ever; the
 # bound still leaves room for a line's indentation.
 WHITESPACE = 16
+CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 
 
 class Grammars:
@@ -39,7 +40,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int] = ()) -> None:
         self._tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, tuple(stop_ids)
-        self._made: xgrammar.GrammarCompiler | None = None
+        self._compilers: dict[bool, xgrammar.GrammarCompiler] = {}  # of JSON, and of all text
 
     def matcher(self, sampling: Sampling) -> Matcher | None:
         """At the beginning of an answer; None where there is no constraint. UserError for a schema
@@ -50,7 +51,7 @@ class Grammars:
         return Matcher(self._compiled(sampling), self._vocab_size, stop_ids)
 
     def _compiled(self, sampling: Sampling) -> xgrammar.CompiledGrammar:
-        compiler = self._compiler()
+        compiler = self._compiler(of_json=sampling.regex is None)
         try:
             if sampling.regex is not None:
                 return compiler.compile_regex(sampling.regex)
@@ -61,18 +62,25 @@ class Grammars:
             what = "json_schema" if sampling.regex is None else "regex"
             raise UserError(f"{what} cannot be followed: {_reason(error)}") from error
 
-    def _compiler(self) -> xgrammar.GrammarCompiler:
-        if self._made is None:
+    def _compiler(self, of_json: bool) -> xgrammar.GrammarCompiler:
+        if of_json not in self._compilers:
             xgrammar = _import()
+            spelled = _spellings(self._tokenizer, self._vocab_size)
+            if of_json:
+                # A JSON string has no control characters, but xgrammar 0.2.8 lets them into strings
+                # with a minLength or maxLength (mlc-ai/xgrammar#800). Outside of strings only
+                # white space would be one, and the line's end, which it does keep out, is enough.
+                spelled = [b"" if CONTROL.search(token) else token for token in spelled]
             # One token more than the model has: the end of an answer, whatever ids stop it.
             info = xgrammar.TokenizerInfo(
-                _spellings(self._tokenizer, self._vocab_size),
+                [*spelled, b""],
                 xgrammar.VocabType.RAW,
                 vocab_size=self._vocab_size + 1,
                 stop_token_ids=[self._vocab_size],
             )
-            self._made = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
-        return self._made
+            made = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
+            self._compilers[of_json] = made
+        return self._compilers[of_json]
 
 
 class Matcher:
@@ -138,8 +146,13 @@ def _reason(error: Exception) -> str:
 
 def _spellings(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     """The bytes of every id of the model; none for what is not text."""
-    model = json.loads(tokenizer.files["tokenizer.json"])["model"]
+    parts = json.loads(tokenizer.files["tokenizer.json"])
+    model = parts["model"]
     spell = _with_fallback if model.get("byte_fallback") else _byte_level
+    if model["type"] != "BPE" or (
+        spell is _byte_level and "ByteLevel" not in str(parts["decoder"])
+    ):
+        raise UserError("constraints need a BPE tokenizer of bytes, or with bytes as a fallback")
     found = [b""] * vocab_size
     for text, token in model["vocab"].items():
         if token < vocab_size and token not in tokenizer.special_ids:
