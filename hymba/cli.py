@@ -20,6 +20,7 @@ from hymba import __version__
 from hymba.errors import UserError
 
 COMMANDS = {
+    "chat": ("hymba.commands.chat", "talk to a model in the terminal"),
     "demo": ("hymba.commands.demo", "train a small model on this machine and look at it"),
     "generate": ("hymba.commands.generate", "continue a prompt from a model folder"),
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
