@@ -23,11 +23,11 @@ THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu check wheel clean
+.PHONY: help demo test test-gpu test-browser check wheel clean
 
 help:  ## list the targets
 	@echo "hymba: make TARGET"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.plot  ## make the environment, train a small model on this machine, show results
 	@$(BIN)/hymba demo $(ARGS)
@@ -42,6 +42,17 @@ GPU_BIN := $(or $(GPU_PYTHON),$(BIN)/python)
 test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev)  ## the tests that need a CUDA device
 	@$(GPU_BIN) -c '$(NEED_CUDA)'
 	$(GPU_BIN) -m pytest -m gpu $(ARGS)
+
+# The browser is the system's, or any chromium that HYMBA_CHROMIUM names.
+CHROMIUM := $(or $(HYMBA_CHROMIUM),$(shell command -v chromium chromium-browser google-chrome | head -1))
+
+test-browser: need-chromium $(VENV)/.browser  ## the chat page's tests, in a real browser
+	HYMBA_CHROMIUM=$(CHROMIUM) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest tests/browser $(ARGS)
+
+.PHONY: need-chromium
+need-chromium:
+	@test -n "$(CHROMIUM)" || { echo "make test-browser: there is no chromium; install it (Debian:" \
+	  "apt install chromium) or set HYMBA_CHROMIUM=/path/of/chromium" >&2; exit 1; }
 
 check: $(VENV)/.dev  ## linter, formatter and type checker
 	$(BIN)/ruff check .
@@ -81,6 +92,7 @@ $(VENV)/.python:
 	@$(PYTHON) --version > $@
 
 # pip's own output is long: show what is large, and everything that goes wrong.
+comma := ,
 define install
 @echo "installing hymba[$(1)] into $(VENV) (the first time this takes minutes; torch is large)"
 @set -o pipefail; PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -95,3 +107,7 @@ $(VENV)/.plot: $(VENV)/.python $(PINS)
 $(VENV)/.dev: $(VENV)/.python $(PINS)
 	$(call install,dev)
 	@touch $(VENV)/.plot $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(call install,dev$(comma)browser)
+	@touch $@
