@@ -48,7 +48,7 @@ def test_every_command_exists(name: str) -> None:
 def test_unknown_words_get_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'info'?" in mistake(capsys, "inof")
     assert "did you mean '--version'?" in mistake(capsys, "--versoin")
-    assert "commands: demo" in mistake(capsys, "xyzzy")
+    assert "commands: chat" in mistake(capsys, "xyzzy")
 
 
 def raising(error: BaseException) -> Callable[[list[str]], int]:

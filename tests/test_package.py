@@ -26,7 +26,8 @@ CORE = ("torch", "numpy", "safetensors", "transformers")
 COMMAND_LINE = ("tyro", "rich")  # core dependencies too, but the library does without them
 NO_INDEX = re.compile("No module named pip|Could not find a version that satisfies|Connection")
 pytestmark = pytest.mark.xdist_group("package")  # one worker, so that one wheel is built
-SOURCES = {".py", ".cu", ".cuh"}  # CUDA is compiled at run time, from its text
+# CUDA is compiled at run time, from its text; the server's chat page goes to browsers as it is.
+SOURCES = {".py", ".cu", ".cuh", ".html", ".css", ".js"}
 
 
 def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -120,10 +121,11 @@ def link_distributions(names: set[str], folder: Path) -> None:
 
 
 def modules() -> Iterator[str]:
-    """Every module of the library; the command line's own are left out."""
+    """Every module of the library; the command line's and the server's own are left out."""
     for path in sorted((ROOT / "hymba").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if not name.startswith(("hymba.commands", "hymba.__main__")) and "_triton" not in name:
+        outer = ("hymba.commands", "hymba.server", "hymba.__main__")
+        if not name.startswith(outer) and "_triton" not in name:
             yield name
 
 

@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = llm.tokenizer_or_error()
     if tokenizer.has_chat_template:
         tokenizer.prepare_chat()  # takes seconds, and is not the first answer's time
-    ends = {llm.model.config.eos_token_id, tokenizer.eos_id} - {None}
-    sampling = replace(sampling, stop_ids=tuple(ends))
+    ends = llm.model.config.eos_token_id, tokenizer.eos_id  # chat models may end turns with either
+    sampling = replace(sampling, stop_ids=tuple({end for end in ends if end is not None}))
     chat = Chat(llm.engine, tokenizer, sampling, Conversation(options.system))
     chat.greet(options.model)
     return chat.talk() if sys.stdin.isatty() else chat.read()
