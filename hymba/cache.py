@@ -9,21 +9,21 @@
 Keys are stored after rotary embedding, so the order of places does not matter: the token at
 position p lies in place p % (window + 1). A forward reads the cache as it was and commits what it
 computed at its end, so a chunk sees the old ring and itself, and consumers of shared K/V see what
-their producer saw. Only a step of one token a sequence updates SSM states as it goes, in place: a
-copy would cost as much as the step. Because a sequence's state is small, branching, preemption and
+their producer saw. Only a decode step, one token a sequence, updates everything as it goes, in
+place: a copy would cost as much as the step. Because a sequence's state is small, branching, preemption and
 roll-back are a `snapshot` and a `restore`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hymba.config import Config, Layer
-from hymba.ops import Past, Segments
+from hymba.ops import Past, Segments, send
 
 
 class State(NamedTuple):
@@ -35,12 +35,28 @@ class State(NamedTuple):
     ssm: Tensor | None = None  # (S, E, n)
 
 
-class Slots(NamedTuple):
-    """One layer's SSM states where a cache keeps them, and which of them are meant."""
+class Places(NamedTuple):
+    """Where the rows of a decode step put their K/V and find their sequences', in the stores of one
+    kind of layer. All on the device: a captured CUDA graph serves other sequences next time."""
 
-    conv: Tensor  # (slots, K-1, E)
-    ssm: Tensor  # (slots, E, n)
-    slots: Tensor  # (S,)
+    table: Tensor  # (S, T) int32, pages of each row's sequence in order
+    counts: Tensor  # (S,) int32, places that a row sees, its own with them
+    page: Tensor  # (S,) int64, where the new token goes
+    place: Tensor  # (S,) int64, and the place in that page
+    most: int  # no row sees more
+
+
+class Held(NamedTuple):
+    """What one layer is given at a decode step, each where its cache keeps it."""
+
+    meta: State | None = None  # with the K/V of the producer in a layer that shares
+    k: Tensor | None = None  # (pages, G, P, h)
+    v: Tensor | None = None  # (pages, G, P, e)
+    places: Places | None = None
+    conv: Tensor | None = None  # (slots, K-1, E)
+    ssm: Tensor | None = None  # (slots, E, n)
+    slots: Tensor | None = None  # (S,) int64
+    A: Tensor | None = None  # (E, n) rates of the SSM, where somebody has them ready
 
 
 class Snapshot(NamedTuple):
@@ -59,10 +75,8 @@ class Snapshot(NamedTuple):
 class KVStore:
     """Keys (S, G, P, h) and values (S, G, P, e) of one layer for S slots."""
 
-    def __init__(self, layer: Layer, slots: int, heads: int, widths: tuple[int, int], like: Tensor):
-        self.layer = layer
-        self.k = like.new_zeros(slots, heads, 0, widths[0])
-        self.v = like.new_zeros(slots, heads, 0, widths[1])
+    def __init__(self, layer: Layer, k: Tensor, v: Tensor):
+        self.layer, self.k, self.v = layer, k, v
 
     @property
     def ring(self) -> int | None:
@@ -82,10 +96,17 @@ class KVStore:
         k, v = (_rows(x, slots)[:, :, :used] for x in (self.k, self.v))
         return Past(k, v, self.positions(lengths, used), lengths)
 
+    def places(self, slots: Tensor, lengths: Tensor) -> Places:
+        """A slot is one page."""
+        counts, place = lengths + 1, lengths
+        if self.ring is not None:
+            counts, place = counts.clamp(max=self.ring), place % self.ring
+        return Places(slots[:, None].int(), counts.int(), slots, place, self.k.shape[2])
+
     def positions(self, lengths: tuple[int, ...], used: int) -> Tensor:
         """(S, used): the text position in each place, negative where there is none."""
         place = torch.arange(used, device=self.k.device)
-        last = torch.tensor(lengths, device=self.k.device)[:, None] - 1
+        last = send(torch.tensor(lengths), self.k.device)[:, None] - 1
         if self.ring is None:
             return place.where(place <= last, -1)
         return last - (last - place) % self.ring
@@ -116,14 +137,14 @@ class KVStore:
 
 
 class SSMStore:
-    """Convolution inputs (S, K-1, E) and SSM states (S, E, n) of one layer for S slots."""
+    """Convolution inputs (S, K-1, E) and SSM states (S, E, n) of one layer for S slots; `start` is
+    where every sequence begins: after the meta tokens."""
 
-    def __init__(self, conv: Tensor, ssm: Tensor, slots: int):
-        self.start = conv[0], ssm[0]  # where every sequence begins: after the meta tokens
-        self.conv, self.ssm = conv.repeat(slots, 1, 1), ssm.repeat(slots, 1, 1)
+    def __init__(self, start: tuple[Tensor, Tensor], conv: Tensor, ssm: Tensor):
+        self.start, self.conv, self.ssm = start, conv, ssm
 
     def write(self, slots: Sequence[int], conv: Tensor, ssm: Tensor) -> None:
-        index = torch.tensor(list(slots), device=self.conv.device)
+        index = send(torch.tensor(list(slots)), self.conv.device)
         self.conv[index] = conv.to(self.conv.dtype)
         self.ssm[index] = ssm.to(self.ssm.dtype)
 
@@ -141,7 +162,7 @@ def _rows(x: Tensor, slots: Sequence[int]) -> Tensor:
     """Rows of the slots asked for; a view where that is all of them in order."""
     if list(slots) == list(range(x.shape[0])):
         return x
-    return x[torch.tensor(list(slots), device=x.device)]
+    return x[send(torch.tensor(list(slots)), x.device)]
 
 
 def _places(
@@ -156,7 +177,7 @@ def _places(
     for (start, count), slot, length in zip(segments, slots, before, strict=True):
         row = torch.arange(0 if ring is None else max(0, count - ring), count)
         columns.append(torch.stack([start + row, torch.full_like(row, slot), length + row]))
-    rows, owners, at = torch.cat(columns, dim=1).to(device)
+    rows, owners, at = send(torch.cat(columns, dim=1), device)
     return rows, owners, at
 
 
@@ -180,20 +201,11 @@ class Cache:
         self.ssm: list[SSMStore | None] = []
         for layer, begin in zip(config.layers, meta, strict=True):
             widths = config.head_dim, config.value_dim(layer)
-            store = KVStore(layer, slots, config.num_kv_heads, widths, like)
-            self.kv.append(store if layer.owns_kv else None)
-            self.ssm.append(self._ssm_store(layer, slots, begin, like, wide))
-
-    def _ssm_store(
-        self, layer: Layer, slots: int, begin: State, like: Tensor, wide: torch.dtype
-    ) -> SSMStore | None:
-        if not layer.ssm:
-            return None
-        config, (conv, ssm) = self.config, begin[2:]
-        if conv is None or ssm is None:
-            conv = like.new_zeros(1, config.ssm_conv - 1, config.inner_size)
-            ssm = like.new_zeros(1, config.inner_size, config.ssm_state)
-        return SSMStore(conv.to(like.dtype), ssm.to(wide), slots)
+            k, v = (like.new_zeros(slots, config.num_kv_heads, 0, width) for width in widths)
+            self.kv.append(KVStore(layer, k, v) if layer.owns_kv else None)
+            conv, ssm = start_of(config, begin, like, wide)
+            each = conv.repeat(slots, 1, 1), ssm.repeat(slots, 1, 1)
+            self.ssm.append(SSMStore((conv, ssm), *each) if layer.ssm else None)
 
     @property
     def slots(self) -> int:
@@ -222,10 +234,25 @@ class Cache:
             (None, None) if store is None else (_rows(store.conv, slots), _rows(store.ssm, slots))
         )
 
-    def ssm_slots(self, index: int, slots: Tensor) -> Slots | None:
-        """For a step that updates the states of layer `index` where they lie."""
-        store = self.ssm[index]
-        return None if store is None else Slots(store.conv, store.ssm, slots)
+    def begin_step(self, slots: Sequence[int]) -> tuple[Tensor, list[Held]]:
+        """Make room for one more token in each slot -> lengths (S,) on the device, and what each
+        layer is given. Until `end_step` the slots count as broken, in case the step fails."""
+        most = max(self.lengths[slot] for slot in slots) + 1
+        for kv in filter(None, self.kv):
+            kv.reserve(most)
+        self.broken.update(slots)
+        before = [self.lengths[slot] for slot in slots]
+        at, lengths = send(torch.tensor([list(slots), before]), self._device())
+        return lengths, held(self, at, lengths)
+
+    def end_step(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.lengths[slot] += 1
+        self.broken.difference_update(slots)
+
+    def _device(self) -> torch.device:
+        stores = (*(s.conv for s in self.ssm if s), *(s.k for s in self.kv if s))
+        return stores[0].device
 
     def commit(self, slots: Sequence[int], segments: Segments, states: Sequence[State]) -> None:
         """Append what one forward computed, layer by layer, to the slots' sequences."""
@@ -247,9 +274,7 @@ class Cache:
         """Keep these slots in this order; a slot named twice branches, one not named is gone."""
         for slot in slots:
             self._check(slot)
-        device = next((s.conv.device for s in self.ssm if s), None)
-        device = device or next(s.k.device for s in self.kv if s)
-        index = torch.tensor(list(slots), device=device)
+        index = send(torch.tensor(list(slots)), self._device())
         for store in (*self.kv, *self.ssm):
             if store is not None:
                 store.select(index)
@@ -303,3 +328,37 @@ class Cache:
     def _check(self, slot: int) -> None:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} of a cache of {self.slots}")
+
+
+def start_of(config: Config, meta: State, like: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Convolution inputs (K-1, E) and SSM state (E, n) of a layer where a sequence begins."""
+    if meta.conv is None or meta.ssm is None:
+        conv = like.new_zeros(config.ssm_conv - 1, config.inner_size)
+        return conv, like.new_zeros(config.inner_size, config.ssm_state, dtype=wide)
+    return meta.conv[0].to(like.dtype), meta.ssm[0].to(wide)
+
+
+class Stores(Protocol):
+    """What every cache has: the stores of each layer, None where a layer keeps nothing."""
+
+    config: Config
+    meta: list[State]
+    kv: list[KVStore | None]
+    ssm: list[SSMStore | None]
+
+
+def held(stores: Stores, slots: Tensor, lengths: Tensor) -> list[Held]:
+    """What each layer is given at a decode step of `slots` (S,) that hold `lengths` (S,) tokens."""
+    kinds: dict[int | None, Places] = {}  # by size of ring
+    found = []
+    for index, layer in enumerate(stores.config.layers):
+        owner = index if layer.kv_from is None else layer.kv_from
+        now, kv, ssm = Held(stores.meta[owner]), stores.kv[owner], stores.ssm[index]
+        if layer.attention and kv is not None:
+            if kv.ring not in kinds:
+                kinds[kv.ring] = kv.places(slots, lengths)
+            now = now._replace(k=kv.k, v=kv.v, places=kinds[kv.ring])
+        if ssm is not None:
+            now = now._replace(conv=ssm.conv, ssm=ssm.ssm, slots=slots)
+        found.append(now)
+    return found

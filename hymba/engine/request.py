@@ -28,7 +28,8 @@ class Request:
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
 
-class Delta(NamedTuple):
+@dataclass(slots=True)
+class Delta:
     """What one step adds to one completion of a request."""
 
     request: Request
@@ -36,8 +37,8 @@ class Delta(NamedTuple):
     text: str = ""  # may lag behind the tokens: half a character, or what could begin a stop string
     tokens: tuple[int, ...] = ()
     logprobs: tuple[Logprob, ...] = ()
-    # "stop" (a stop id or string, neither is given out), "length" (max_tokens, or the model's last
-    # position), "error"; None while it goes on
+    # "stop" (a stop id, which is not given out, or a stop string: the text ends before it, though
+    # its tokens are given), "length" (max_tokens, or the last position), "error"; None: it goes on
     finish: str | None = None
 
 
@@ -64,6 +65,10 @@ class Output:
     prompt: Sequence[int]
     completions: list[Completion]
     cached_tokens: int = 0
+
+    @property
+    def done(self) -> bool:
+        return all(completion.finish is not None for completion in self.completions)
 
     @property
     def text(self) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hymba.ops import Segments
+from hymba.ops import Segments, send
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Batch:
         counts = torch.tensor([segments.lengths, segments.starts, before], dtype=torch.long)
         shifts = (counts[2] - counts[1]).repeat_interleave(counts[0])
         positions = torch.arange(segments.total) + shifts
-        return Batch(segments, before, places, positions.to(device))
+        return Batch(segments, before, places, send(positions, device))
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows (meta + N, ...) -> those of the meta tokens, those of the text.

@@ -9,7 +9,7 @@ of the weights, computed once by `meta_states` and again when any weight has cha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hymba import ops
-from hymba.cache import Cache, State
+from hymba.cache import Cache, Held, State
 from hymba.config import Config, Layer
 from hymba.errors import UserError
 from hymba.model.batch import Batch
@@ -64,24 +64,42 @@ class Decoder(nn.Module):
         if held != batch.past:
             raise ValueError(f"the batch continues {batch.past} tokens, its slots hold {held}")
         x = self.embed(rows)
-        slots = None
         if batch.segments.uniform == 1:
-            slots = torch.tensor(batch.slots, device=x.device)
-        befores = [self._before(i, batch, cache, slots) for i in range(len(self.layers))]
-        if slots is not None:
-            cache.broken.update(batch.slots)  # until the step is through, in case it fails
+            lengths, layers = cache.begin_step(batch.slots)
+            hidden = self.step(x, lengths, layers)
+            cache.end_step(batch.slots)
+            return hidden
+        befores = [self._before(i, batch, cache) for i in range(len(self.layers))]
         x, lefts = self._blocks(x, batch, befores)
         hidden = self.final_norm(x)
         cache.commit(batch.slots, batch.segments, [left.text for left in lefts])
-        cache.broken.difference_update(batch.slots)
         return hidden
 
-    def _before(self, index: int, batch: Batch, cache: Cache, slots: Tensor | None) -> Before:
-        """What layer `index` continues; `slots` where its SSM states can change in place."""
-        meta, past = cache.meta[index], cache.past(index, batch.slots)
-        if slots is None:
-            return Before(meta, past, *cache.ssm_state(index, batch.slots))
-        return Before(meta, past, slots=cache.ssm_slots(index, slots))
+    def _before(self, index: int, batch: Batch, cache: Cache) -> Before:
+        past = cache.past(index, batch.slots)
+        return Before(cache.meta[index], past, *cache.ssm_state(index, batch.slots))
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, lengths: Tensor, layers: Sequence[Held]) -> Tensor:
+        """One new token of each of S sequences: ids (S,) or embeddings (S, D), behind `lengths`
+        (S,) text tokens -> hidden (S, D), after the norm. `layers` are updated in place.
+
+        The same numbers as `forward` with segments of one row, told on the device: nothing here
+        waits for the host, so a CUDA graph can hold it."""
+        x = self.embed(rows)
+        positions = lengths + self.config.meta_tokens
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
+        for block, now in zip(self._each(), layers, strict=True):
+            x = block.step(x, rope, now)
+        return self.final_norm(x)
+
+    def rates(self) -> list[Tensor | None]:
+        """A of every layer's SSM, a constant of the weights that a step can be given (`Held.A`)."""
+        ssms = (block.mixer.ssm for block in self._each())
+        return [None if ssm is None else ssm.rates(self.final_norm.weight.dtype) for ssm in ssms]
+
+    def _each(self) -> Iterator[Block]:
+        return iter(self.layers)  # type: ignore[arg-type]
 
     def embed(self, rows: Tensor) -> Tensor:
         if rows.is_floating_point():

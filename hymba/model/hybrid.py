@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from hymba import ops
-from hymba.cache import Slots, State
+from hymba.cache import Held, State
 from hymba.config import Config, Layer
 from hymba.model.attention import attend
 from hymba.model.batch import Batch
 from hymba.model.layers import MLP, RMSNorm, apply_rope
 from hymba.model.ssm import SSM
-from hymba.ops import Past, Segments
+from hymba.ops import Meta, Past, Segments
 
 
 class Before(NamedTuple):
@@ -34,7 +34,6 @@ class Before(NamedTuple):
     past: Past | None = None  # K/V of the text before the rows
     conv: Tensor | None = None  # (S or 1, K-1, E)
     ssm: Tensor | None = None  # (S or 1, E, n)
-    slots: Slots | None = None  # in place of the two, for a step of one row a sequence
 
 
 class Left(NamedTuple):
@@ -89,6 +88,32 @@ class HybridMixer(nn.Module):
             outs.append(y)
         return self.out_proj(self.fuse(outs)), left
 
+    def step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
+        """x (S, D), one new token of each sequence; what is held is updated in place."""
+        split = self.in_proj(x).split(list(self.sizes.values()), dim=-1)
+        rows = dict(zip(self.sizes, split, strict=True))
+        outs = [self.attend_step(rows, rope, now)] if self.layer.attention else []
+        if self.ssm is not None:
+            outs.append(self.ssm.step(rows["u"], rows["gate"], now))
+        return self.out_proj(self.fuse(outs))
+
+    def attend_step(
+        self, rows: dict[str, Tensor], rope: tuple[Tensor, Tensor], now: Held
+    ) -> Tensor:
+        """-> (S, H * e). The new keys and values are stored first, then seen like all others."""
+        assert now.k is not None and now.v is not None and now.places is not None
+        q, at = rows["q"].unflatten(-1, (-1, self.head_dim)), now.places
+        if self.layer.owns_kv:
+            k = rows["k"].unflatten(-1, (-1, self.head_dim))
+            v = rows["v"].unflatten(-1, (-1, self.value_dim))
+            q, _ = ops.rope_and_store(q, k, v, *rope, now.k, now.v, at.page, at.place)
+        else:
+            q = apply_rope(q, rope)
+        meta = None
+        if now.meta is not None and now.meta.k is not None and now.meta.v is not None:
+            meta = Meta(now.meta.k, now.meta.v)
+        return ops.attention_step(q, now.k, now.v, at.table, at.counts, at.most, meta).flatten(1)
+
     def keys_and_values(
         self,
         rows: dict[str, Tensor],
@@ -108,8 +133,6 @@ class HybridMixer(nn.Module):
     ) -> tuple[Tensor, Left]:
         """The SSM branch: meta rows from zero, text rows from what the meta tokens left."""
         assert self.ssm is not None
-        if before.slots is not None:
-            return self.ssm.step(u, gate, before.slots), left
         outs, text, meta = [], left.text, left.meta
         conv, ssm = before.conv, before.ssm
         if batch.meta:
@@ -155,8 +178,16 @@ class Block(nn.Module):
         producer: Left | None = None,
     ) -> tuple[Tensor, Left]:
         out, left = self.mixer(self.input_norm(x), rope, batch, before, producer)
+        return self.add(x, out), left
+
+    def step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
+        """`forward` for a decode step: x (S, D), one new token of each sequence."""
+        return self.add(x, self.mixer.step(self.input_norm(x), rope, now))
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """x and the mixer's output, added, and the MLP over them."""
         if self.mlp is None or self.mlp_norm is None:
-            return x + out, left
+            return x + out
         norm = self.mlp_norm
         normed, x = ops.add_rms_norm(x, out, norm.weight, norm.eps)
-        return x + self.mlp(normed), left
+        return x + self.mlp(normed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hymba import ops
-from hymba.cache import Slots
+from hymba.cache import Held
 from hymba.config import Config
 from hymba.model.layers import RMSNorm
 from hymba.ops import Segments
@@ -58,7 +58,7 @@ class SSM(nn.Module):
         y, ssm_left = ops.selective_scan(
             u=u,
             dt=self.dt_proj(dt),
-            A=self._rates(u.dtype),
+            A=self.rates(u.dtype),
             B=B,
             C=C,
             D=self.D,
@@ -69,29 +69,31 @@ class SSM(nn.Module):
         )
         return y, conv_left, ssm_left
 
-    def step(self, u: Tensor, gate: Tensor, store: Slots) -> Tensor:
+    def step(self, u: Tensor, gate: Tensor, now: Held) -> Tensor:
         """`forward` for one row each, u, gate (S, E), with states updated where they lie."""
-        conv, A, slots = self.conv, self._rates(u.dtype), store.slots
-        u = ops.conv_step(u, conv.weight.squeeze(1), conv.bias, store.conv, slots)
+        assert now.conv is not None and now.ssm is not None and now.slots is not None
+        conv, slots = self.conv, now.slots
+        A = self.rates(u.dtype) if now.A is None else now.A
+        u = ops.conv_step(u, conv.weight.squeeze(1), conv.bias, now.conv, slots)
         low, norms, eps = self.x_proj(u), self._norms(), self.dt_norm.eps
-        if _is_matrix(self.dt_proj):
+        if is_matrix(self.dt_proj):
             weight = self.dt_proj.weight
             return ops.ssm_step(
-                u, low, weight, self.dt_bias, *norms, A, self.D, gate, store.ssm, slots, eps
+                u, low, weight, self.dt_bias, *norms, A, self.D, gate, now.ssm, slots, eps
             )
         step, B, C = ops.rms_norms(low, norms, eps)
         dt = self.dt_proj(step)
-        return ops.state_step(u, dt, A, B, C, self.D, gate, self.dt_bias, store.ssm, slots)
+        return ops.state_step(u, dt, A, B, C, self.D, gate, self.dt_bias, now.ssm, slots)
 
     def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight
 
-    def _rates(self, dtype: torch.dtype) -> Tensor:
+    def rates(self, dtype: torch.dtype) -> Tensor:
         """A (E, n), wide."""
         return -torch.exp(self.A_log.to(torch.promote_types(dtype, torch.float32)))
 
 
-def _is_matrix(linear: nn.Module) -> bool:
+def is_matrix(linear: nn.Module) -> bool:
     """Whether a projection is its weight and nothing more: no adapter, hook or packed weight."""
     hooks = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     weight = getattr(linear, "weight", None)

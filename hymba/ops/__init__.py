@@ -15,7 +15,7 @@ import hymba.ops.swiglu  # noqa: F401
 from hymba.ops.attention import Meta, Past
 from hymba.ops.backend import twin
 from hymba.ops.loss import IGNORE
-from hymba.ops.segments import Segments
+from hymba.ops.segments import Segments, send
 
 __all__ = [
     "IGNORE",
@@ -34,6 +34,7 @@ __all__ = [
     "rope_and_store",
     "rotate",
     "selective_scan",
+    "send",
     "ssm_step",
     "state_step",
     "swiglu",

@@ -66,6 +66,14 @@ class Segments:
         return _owners(self.lengths, torch.device(device))
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """A host tensor on its way to a device, in stream order: the host does not wait for it, nor for
+    what the device still has to do."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _captured: dict[int, object] = {}

@@ -1,0 +1,143 @@
+"""What a step computes: chunks of prompts as one ragged forward, and the decode step.
+
+The decode step knows everything on the device: which token each slot said last, how many tokens it
+holds, where its pages are. The host only names the slots. On a GPU it is a CUDA graph, captured
+once for each size of batch and reach of context (both rounded up; rows that are too many work on a
+spare slot); elsewhere the same function is called as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hymba.cache import held
+from hymba.config import KV_BLOCK
+from hymba.engine.store import Store
+from hymba.model.batch import Batch
+from hymba.model.decoder import LanguageModel
+from hymba.ops import send
+
+
+class Spoken(NamedTuple):
+    """What a decode step gives for its B rows (S real ones and padding)."""
+
+    logits: Tensor  # (B, V)
+    likeliest: Tensor  # (B,) int64, already noted as each slot's last token
+
+
+class Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    slots: Tensor  # (B,) what the graph reads
+    spoken: Spoken
+
+
+class Runner:
+    def __init__(self, model: LanguageModel, store: Store, graphs: bool | None = None):
+        """`graphs`: CUDA graphs for decode steps; where there is CUDA, unless said otherwise."""
+        self.model, self.store, self.device = model, store, model.device
+        self.graphs = model.device.type == "cuda" if graphs is None else graphs
+        self.last, self.lengths = (
+            torch.zeros(store.slots, dtype=torch.long, device=self.device) for _ in range(2)
+        )
+        with torch.no_grad():  # constants of the weights, which an engine holds still
+            self.rates = model.decoder.rates()
+        self._captured: dict[tuple[int, int], Captured] = {}
+        self._pool: Any = None
+        self._slots: tuple[tuple[int, ...], Tensor] = (), self.last[:0]
+
+    def compute(self, chunks: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """(slot, tokens): what each slot's sequence goes on with. Nothing is said."""
+        slots = [slot for slot, _ in chunks]
+        counts = [len(tokens) for _, tokens in chunks]
+        past = [self.store.lengths[slot] for slot in slots]
+        rows = torch.tensor([token for _, tokens in chunks for token in tokens])
+        batch = Batch.of(counts, past, slots, device=self.device)
+        self.model(send(rows, self.device), batch, self.store)
+
+    def enter(self, speakers: Sequence[tuple[int, int]]) -> None:
+        """(slot, its last known token): sequences that from now on go through decode steps."""
+        if not speakers:
+            return
+        values = [(slot, token, self.store.lengths[slot]) for slot, token in speakers]
+        slots, tokens, lengths = send(torch.tensor(values), self.device).T
+        self.last[slots], self.lengths[slots] = tokens, lengths
+
+    def decode(self, slots: Sequence[int]) -> tuple[Spoken, Tensor]:
+        """One new token of each slot -> what the model says, and the slots (S,) on the device."""
+        longest = max(self.store.lengths[slot] for slot in slots) + 1
+        self.store.broken.update(slots)
+        index = self._index(tuple(slots))
+        spoken = self._replay(index, longest) if self.graphs else self._eager(index, longest)
+        self.store.end_step(slots)
+        return spoken, index
+
+    def say(self, slots: Tensor, tokens: Tensor) -> None:
+        """Other tokens than the likeliest were chosen."""
+        self.last.index_copy_(0, slots, tokens)
+
+    def _index(self, slots: tuple[int, ...]) -> Tensor:
+        if self._slots[0] != slots:
+            self._slots = slots, send(torch.tensor(slots), self.device)
+        return self._slots[1]
+
+    def _eager(self, index: Tensor, longest: int) -> Spoken:
+        self.store.look_at(longest)
+        return self._step(index)
+
+    @torch.no_grad()
+    def _step(self, slots: Tensor) -> Spoken:
+        tokens, lengths = self.last[slots], self.lengths[slots]
+        layers = held(self.store, slots, lengths)
+        layers = [now._replace(A=A) for now, A in zip(layers, self.rates, strict=True)]
+        logits = self.model.logits(self.model.decoder.step(tokens, lengths, layers))
+        likeliest = logits.argmax(-1)
+        self.last[slots] = likeliest
+        self.lengths[slots] = lengths + (slots != self.store.spare)
+        return Spoken(logits, likeliest)
+
+    # ---- CUDA graphs
+
+    def _replay(self, index: Tensor, longest: int) -> Spoken:
+        rows, reach = rounded_rows(len(index)), rounded_reach(longest)
+        captured = self._captured.get((rows, reach))
+        if captured is None:
+            captured = self._captured[rows, reach] = self._capture(rows, reach)
+        captured.slots[: len(index)].copy_(index)
+        captured.slots[len(index) :].fill_(self.store.spare)
+        captured.graph.replay()
+        return captured.spoken
+
+    def _capture(self, rows: int, reach: int) -> Captured:
+        slots = torch.full((rows,), self.store.spare, device=self.device)
+        self.store.look_at(reach)
+        aside = torch.cuda.Stream(self.device)
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):  # once without a graph: kernels compile and load
+            self._step(slots)
+        torch.cuda.current_stream(self.device).wait_stream(aside)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            spoken = self._step(slots)
+        return Captured(graph, slots, spoken)
+
+
+def rounded_rows(rows: int) -> int:
+    """1, 2, 4, 6, 8, 12, 16, 24, 32, ...: a graph for each, a third of padding at most."""
+    size = 1
+    while size < rows:
+        size *= 2
+    return size * 3 // 4 if size >= 8 and rows <= size * 3 // 4 else size
+
+
+def rounded_reach(tokens: int) -> int:
+    """Tokens of context that a graph is ready for: KV_BLOCK times 4, 8, 16, ..."""
+    reach = 4 * KV_BLOCK
+    while reach < tokens:
+        reach *= 2
+    return reach
