@@ -105,10 +105,14 @@ class Conversation:
         return told + self.messages
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
-        """The prompt: by the tokenizer's chat template, or else the bare texts, a line each."""
+        """The prompt: by the tokenizer's chat template, or else the bare texts. There an answer
+        goes on where its message ended, as it was said; what people say begins a line."""
         if tokenizer.has_chat_template:
             return tokenizer.chat(self.all())
-        text = "\n".join(message["content"] for message in self.all())
+        text = ""
+        for message in self.all():
+            line = "\n" if text and message["role"] != "assistant" else ""
+            text += line + message["content"]
         return tokenizer.encode(text, bos=tokenizer.bos_id is not None)
 
     def save(self, path: Path) -> None:

@@ -82,12 +82,13 @@ def test_lines_are_messages_and_each_turn_sees_the_ones_before(
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2]
     first, second = FACTS.findall(aside)
     assert first[:2] == ("12", "0")
-    assert int(second[1]) >= 16, "the second turn computed the first one anew"
+    assert int(second[1]) >= int(first[2]) - 1, "the second turn computed the first one anew"
     llm = LLM(folder, device="cpu")
-    for end in (2, 4):
-        prompt = "\n".join(m["content"] for m in messages[:end])
-        [output] = llm.generate([prompt], Sampling(max_tokens=12))
-        assert output.text == messages[end]["content"]
+    system, question, answer, next_question, _ = (m["content"] for m in messages)
+    one = f"{system}\n{question}"
+    prompts = [one, f"{one}{answer}\n{next_question}"]
+    outputs = llm.generate(prompts, Sampling(max_tokens=12))
+    assert [output.text for output in outputs] == [answer, messages[4]["content"]]
     assert out == [messages[2]["content"], messages[4]["content"]]
 
 
