@@ -101,7 +101,7 @@ def test_stop_strings(model: LanguageModel, prompts: list[list[int]]) -> None:
     how = Sampling(max_tokens=30, temperature=1.0, seed=3, stop_ids=())
     (free,) = generate(model, prompts[:1], how, tokenizer=tokenizer)
     assert free.text == tokenizer.decode(free.tokens) and len(free.text) > 12
-    late, early = free.text[8:11], free.text[6:9]
+    late, early = free.text[7:9], free.text[6:9]  # complete at the same token
     (cut,) = generate(
         model,
         prompts[:1],
