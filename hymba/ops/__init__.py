@@ -16,6 +16,7 @@ from hymba.ops.attention import Meta, Past
 from hymba.ops.backend import twin
 from hymba.ops.loss import IGNORE
 from hymba.ops.segments import Segments, send
+from hymba.ops.thin import MOST_ROWS
 
 __all__ = [
     "IGNORE",
@@ -28,7 +29,11 @@ __all__ = [
     "causal_conv",
     "conv_step",
     "fuse_heads",
+    "fuse_linear",
+    "linear_add",
     "linear_cross_entropy",
+    "norm_linear",
+    "norm_swiglu",
     "rms_norm",
     "rms_norms",
     "rope_and_store",
@@ -242,3 +247,63 @@ def ssm_step(
     norms = dt_norm, B_norm, C_norm
     op = twin("ssm_step", u)
     return op(u, low, dt_weight, dt_bias, *norms, A, D, z, state, slots, eps)
+
+
+# Thin products, for a step of few rows: a whole weight and what stands before and behind it.
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
+    """F.linear(rms_norm(x), weight): x (S, D), norm_weight (D), weight (F, D) -> (S, F), S <= 8."""
+    _fit_thin("norm_linear", x, weight, norm_weight)
+    return twin("norm_linear", x)(x, norm_weight, eps, weight)
+
+
+def norm_swiglu(
+    x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor
+) -> Tensor:
+    """swiglu of two products: x (S, D), gate_weight and up_weight (F, D) -> (S, F), S <= 8."""
+    _fit_thin("norm_swiglu", x, gate_weight, norm_weight)
+    _fit_thin("norm_swiglu", x, up_weight)
+    _fit("norm_swiglu", up_weight=(len(up_weight), len(gate_weight)))
+    return twin("norm_swiglu", x)(x, norm_weight, eps, gate_weight, up_weight)
+
+
+def fuse_linear(
+    attention: Tensor,
+    ssm: Tensor,
+    attention_weight: Tensor,
+    ssm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    residual: Tensor,
+) -> Tensor:
+    """residual + F.linear(fuse_heads(attention, ssm), weight): attention, ssm (S, E), weight
+    (D, E), residual (S, D) -> (S, D), S <= 8."""
+    _fit_thin("fuse_linear", attention, weight, attention_weight, residual)
+    _fit_thin("fuse_linear", ssm, weight, ssm_weight, residual)
+    op = twin("fuse_linear", attention)
+    return op(attention, ssm, attention_weight, ssm_weight, eps, weight, residual)
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """residual + F.linear(x, weight): x (S, F), weight (D, F) -> as residual (S, D), S <= 8."""
+    _fit_thin("linear_add", x, weight, residual=residual)
+    return twin("linear_add", x)(x, weight, residual)
+
+
+def _fit_thin(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    rows, width = x.shape
+    if rows > MOST_ROWS:
+        raise ValueError(f"{op}: {rows} rows where {MOST_ROWS} are the most")
+    _fit(op, weight=(weight.shape[1], width))
+    if norm_weight is not None:
+        _fit(op, norm_weight=(len(norm_weight), width))
+    if residual is not None:
+        _fit(op, residual=(len(residual), rows))
+        _fit(op, residual=(residual.shape[1], len(weight)))
