@@ -92,11 +92,8 @@ def main(argv: Sequence[str]) -> int:
     choose_threads(options.threads)
     llm, settings = _open(options)
     port = bound.getsockname()[1]
-    finished = run(
-        create_app(llm, settings), bound, options.grace, lambda: _tell(options.host, port, settings)
-    )
-    if not finished:
-        os._exit(130)  # at once: a step may be running on the engine's thread
+    app = create_app(llm, settings)
+    run(app, bound, options.grace, lambda: _tell(options.host, port, settings))
     return 0
 
 
@@ -107,6 +104,8 @@ def _check(options: Options) -> None:
     for name in ("port", "grace", "cache_mb", "max_prompt_tokens", "threads"):
         if not getattr(options, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more")
+    if options.port > 65535:
+        raise UserError(f"--port must be at most 65535, got {options.port}")
     if options.api_key == "":
         raise UserError("--api-key is empty: leave it out, or give a key")
 

@@ -212,7 +212,9 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
 
 def _add_openai(app: FastAPI, server: Server) -> None:
-    events: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+    line = {"data": {"type": "string"}}  # JSON of a chunk or an error, at last [DONE]
+    event = {"type": "object", "properties": line, "required": ["data"]}
+    events: dict[str, Any] = {"text/event-stream": {"itemSchema": event}}
     streams: Responses = {**PROBLEMS, 200: {"content": events}}
 
     @app.get("/v1/models", responses=KEY)

@@ -60,8 +60,7 @@ class Reader:
         if self.tokenizer.has_chat_template:
             described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
             return self.tokenizer.chat(plain, tools=described)
-        # No format is made up: the model continues the last message as it would any text.
-        return self.encode("\n".join(str(message["content"]) for message in plain))
+        return self.encode(_continued(plain))
 
     def tokenized(self, ask: TokenizeAsk) -> list[int]:
         if ask.messages is not None:
@@ -129,6 +128,16 @@ class Reader:
             longest = self.positions - len(prompts[0].ids)
             return ask.max_completion_tokens or ask.max_tokens or longest
         return ask.max_tokens or COMPLETION_TOKENS
+
+
+def _continued(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation as one text to be continued; no format is made up. An answer goes on where
+    its message ended, as it was said; whatever else is said begins a line."""
+    text = ""
+    for message in messages:
+        line = "\n" if text and message["role"] != "assistant" else ""
+        text += line + message["content"]
+    return text
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -41,15 +42,12 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(app: FastAPI, bound: socket.socket, grace: float, started: Callable[[], None]) -> bool:
-    """Serve until a signal; `started` is called when clients can connect. True if all that ran
-    could finish, False if it was stopped by a second signal."""
+def run(app: FastAPI, bound: socket.socket, grace: float, started: Callable[[], None]) -> None:
+    """Serve until a signal; `started` is called when clients can connect."""
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING
     )
-    server = _Server(config, app.state.service, grace, started)
-    server.run(sockets=[bound])
-    return not server.force_exit
+    _Server(config, app.state.service, grace, started).run(sockets=[bound])
 
 
 class _Server(uvicorn.Server):
@@ -76,7 +74,7 @@ class _Server(uvicorn.Server):
             name = signal.Signals(sig).name
             self._loop.call_soon_threadsafe(self._begin_to_drain, name)
         else:
-            self.should_exit = self.force_exit = True
+            os._exit(128 + sig)  # as a shell counts; a step may be running on the engine's thread
 
     def _begin_to_drain(self, name: str) -> None:
         log.warning(

@@ -98,8 +98,9 @@ def test_second_turn_of_a_chat_is_not_computed_again(serve: Any) -> None:
     client = serve().openai()
     talk = [{"role": "user", "content": "the quick brown fox " * 5}]
     first = client.chat.completions.create(messages=talk, max_tokens=8, **GREEDY)
-    talk[0]["content"] += first.choices[0].message.content
-    again = client.chat.completions.create(messages=talk[:1], max_tokens=2, **GREEDY)
+    talk.append({"role": "assistant", "content": first.choices[0].message.content})
+    talk.append({"role": "user", "content": "and then"})
+    again = client.chat.completions.create(messages=talk, max_tokens=2, **GREEDY)
     cached = again.usage.prompt_tokens_details.cached_tokens
     assert cached >= first.usage.prompt_tokens - 1
 

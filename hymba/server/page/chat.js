@@ -223,9 +223,9 @@ function request() {
 
 /** Send what is in the message box. */
 function send() {
-  const text = message.value.trim();
+  const text = message.value; // as it is: a model that continues text cares for every space
   if (asking) return;
-  if (!text) return message.focus();
+  if (!text.trim()) return message.focus();
   message.value = "";
   fit();
   turns.push({ role: "user", content: text });
