@@ -298,10 +298,12 @@ class Engine:
         job = branch.owner
         if token in job.stop_ids:
             return self._finish(branch, job.speech.finish(), (), (), "stop")
+        matcher = job.matcher
+        if matcher is not None and not matcher.accept(token):  # nothing was allowed
+            return self._finish(branch, job.speech.finish(), (), (), "stop")
         self._generated += 1
         text, stopped = job.speech.push(token)
-        ended = job.matcher is not None and not self._follows(job.matcher, token)
-        finish = "stop" if stopped or ended else None
+        finish = "stop" if stopped or (matcher is not None and matcher.finished) else None
         if finish is None and branch.known - branch.unread - branch.prompt >= branch.room:
             finish = "length"
         logprobs = _logprobs(token, job.request.sampling.logprobs, said)
@@ -310,10 +312,6 @@ class Engine:
         else:
             text += "" if stopped else job.speech.finish()
             self._finish(branch, text, (token,), logprobs, finish)
-
-    def _follows(self, matcher: Matcher, token: int) -> bool:
-        """Whether anything may come after a token."""
-        return matcher.accept(token) and not matcher.finished
 
     def _finish(
         self,

@@ -93,7 +93,7 @@ class Runner:
         tokens, lengths = self.last[slots], self.lengths[slots]
         layers = held(self.store, slots, lengths)
         layers = [now._replace(A=A) for now, A in zip(layers, self.rates, strict=True)]
-        logits = self.model.logits(self.model.decoder.step(tokens, lengths, layers))
+        logits = self.model.step(tokens, lengths, layers)
         likeliest = logits.argmax(-1)
         self.last[slots] = likeliest
         self.lengths[slots] = lengths + (slots != self.store.spare)

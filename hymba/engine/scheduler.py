@@ -137,6 +137,8 @@ class Scheduler:
             branch = self.waiting.popleft()
             self.running.append(branch)
             left -= self._chunk(branch, left, plan)
+            if branch.missing and plan.chunks[-1][0] is not branch:
+                break  # the budget is spent, but for a rest
         for branch in plan.decode:
             branch.computed += 1
             branch.unread += 1
@@ -258,8 +260,11 @@ class Scheduler:
     def _chunk(self, branch: Branch, left: int, plan: Plan) -> int:
         """Tokens of a branch that the step computes in one go, up to its next stop."""
         most = next((stop for stop in branch.stops if stop > branch.computed), branch.known)
-        count = min(branch.missing, left, most - branch.computed)
-        if count <= 0:
+        whole = min(branch.missing, most - branch.computed)
+        count = min(whole, left)
+        # What is left of a budget is no reason to cut a prompt in two: many cuts cost more than
+        # they fill.
+        if count <= 0 or (count < whole and plan.chunks):
             return 0
         plan.chunks.append((branch, count))
         branch.computed += count

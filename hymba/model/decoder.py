@@ -24,6 +24,7 @@ from hymba.model.batch import Batch
 from hymba.model.hybrid import Before, Block, Left
 from hymba.model.layers import MetaTokens, RMSNorm, rope_tables
 from hymba.model.memo import fingerprint
+from hymba.model.ssm import is_matrix
 
 
 class Decoder(nn.Module):
@@ -66,7 +67,7 @@ class Decoder(nn.Module):
         x = self.embed(rows)
         if batch.segments.uniform == 1:
             lengths, layers = cache.begin_step(batch.slots)
-            hidden = self.step(x, lengths, layers)
+            hidden = self.final_norm(self.step(x, lengths, layers))
             cache.end_step(batch.slots)
             return hidden
         befores = [self._before(i, batch, cache) for i in range(len(self.layers))]
@@ -82,7 +83,7 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def step(self, rows: Tensor, lengths: Tensor, layers: Sequence[Held]) -> Tensor:
         """One new token of each of S sequences: ids (S,) or embeddings (S, D), behind `lengths`
-        (S,) text tokens -> hidden (S, D), after the norm. `layers` are updated in place.
+        (S,) text tokens -> hidden (S, D), before the norm. `layers` are updated in place.
 
         The same numbers as `forward` with segments of one row, told on the device: nothing here
         waits for the host, so a CUDA graph can hold it."""
@@ -91,7 +92,7 @@ class Decoder(nn.Module):
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         for block, now in zip(self._each(), layers, strict=True):
             x = block.step(x, rope, now)
-        return self.final_norm(x)
+        return x
 
     def rates(self) -> list[Tensor | None]:
         """A of every layer's SSM, a constant of the weights that a step can be given (`Held.A`)."""
@@ -154,6 +155,19 @@ class Decoder(nn.Module):
         return Cache(self.config, slots, self.meta_states(), like, state_dtype)
 
 
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (S, D), weight (V, D) -> (S, V). The fast matrix products of a GPU write no rows of an odd
+    number of numbers: those of this result are further apart."""
+    size = len(weight)
+    if x.device.type != "cuda" or size % 64 == 0:
+        return x @ weight.T
+    even = size - size % 64
+    out = x.new_empty(len(x), even + 64)
+    torch.mm(x, weight[:even].T, out=out[:, :even])
+    torch.mm(x, weight[even:].T, out=out[:, even:size])
+    return out[:, :size]
+
+
 def _own(state: State | None, layer: Layer) -> State:
     """A copy of what one layer keeps: not its producer's K/V, nor all that these are views of."""
     state = state or State()
@@ -180,6 +194,16 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return self.lm_head(hidden)
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, lengths: Tensor, layers: Sequence[Held]) -> Tensor:
+        """A decode step, `Decoder.step`, and the logits (S, V) after it."""
+        x, norm = self.decoder.step(rows, lengths, layers), self.decoder.final_norm
+        if not is_matrix(self.lm_head):
+            return self.logits(norm(x))
+        if len(x) <= ops.THIN_ROWS:
+            return ops.norm_linear(x, norm.weight, norm.eps, self.lm_head.weight)
+        return _product(norm(x), self.lm_head.weight)
 
     def loss(self, hidden: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of hidden (N, D) against labels (N), -100 left out; "mean" or

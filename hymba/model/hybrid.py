@@ -12,6 +12,8 @@ a constant of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from hymba.config import Config, Layer
 from hymba.model.attention import attend
 from hymba.model.batch import Batch
 from hymba.model.layers import MLP, RMSNorm, apply_rope
-from hymba.model.ssm import SSM
+from hymba.model.ssm import SSM, is_matrix
 from hymba.ops import Meta, Past, Segments
 
 
@@ -88,14 +90,18 @@ class HybridMixer(nn.Module):
             outs.append(y)
         return self.out_proj(self.fuse(outs)), left
 
-    def step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
-        """x (S, D), one new token of each sequence; what is held is updated in place."""
-        split = self.in_proj(x).split(list(self.sizes.values()), dim=-1)
-        rows = dict(zip(self.sizes, split, strict=True))
-        outs = [self.attend_step(rows, rope, now)] if self.layer.attention else []
-        if self.ssm is not None:
-            outs.append(self.ssm.step(rows["u"], rows["gate"], now))
-        return self.out_proj(self.fuse(outs))
+    def step(self, rows: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> list[Tensor]:
+        """What in_proj gives for one new token of each sequence, (S, ...) -> what each branch makes
+        of it; what is held is updated in place."""
+        split = rows.split(list(self.sizes.values()), dim=-1)
+        parts = dict(zip(self.sizes, split, strict=True))
+        ssm = self.ssm
+        if ssm is None:
+            return [self.attend_step(parts, rope, now)]
+        summarise = partial(ssm.step, parts["u"], parts["gate"], now)
+        if not self.layer.attention:
+            return [summarise()]
+        return both(lambda: self.attend_step(parts, rope, now), summarise, rows.device)
 
     def attend_step(
         self, rows: dict[str, Tensor], rope: tuple[Tensor, Tensor], now: Held
@@ -182,7 +188,34 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
         """`forward` for a decode step: x (S, D), one new token of each sequence."""
-        return self.add(x, self.mixer.step(self.input_norm(x), rope, now))
+        if len(x) <= ops.THIN_ROWS and self.is_bare():
+            return self.thin_step(x, rope, now)
+        mixer = self.mixer
+        outs = mixer.step(mixer.in_proj(self.input_norm(x)), rope, now)
+        return self.add(x, mixer.out_proj(mixer.fuse(outs)))
+
+    def thin_step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
+        """`step` for a few rows: five products with their neighbours, five readings of weights."""
+        norm, mixer, mlp = self.input_norm, self.mixer, self.mlp
+        rows = ops.norm_linear(x, norm.weight, norm.eps, mixer.in_proj.weight)
+        outs, back = mixer.step(rows, rope, now), mixer.out_proj.weight
+        if mixer.attention_norm is None or mixer.ssm_norm is None:
+            x = ops.linear_add(outs[0], back, x)
+        else:
+            attention, ssm = outs
+            norms = mixer.attention_norm.weight, mixer.ssm_norm.weight
+            x = ops.fuse_linear(attention, ssm, *norms, norm.eps, back, x)
+        if mlp is None or self.mlp_norm is None or mlp.gate_proj is None:
+            return x if mlp is None or self.mlp_norm is None else x + mlp(self.mlp_norm(x))
+        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+        hidden = ops.norm_swiglu(x, self.mlp_norm.weight, norm.eps, gate, up)
+        return ops.linear_add(hidden, mlp.down_proj.weight, x)
+
+    def is_bare(self) -> bool:
+        """Whether its projections are their weights and nothing more."""
+        parts = (self.mixer, self.mlp) if self.mlp is not None else (self.mixer,)
+        linears = (part for module in parts for part in module.children())
+        return all(is_matrix(x) for x in linears if not isinstance(x, (SSM, RMSNorm)))
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         """x and the mixer's output, added, and the MLP over them."""
@@ -191,3 +224,24 @@ class Block(nn.Module):
         norm = self.mlp_norm
         normed, x = ops.add_rms_norm(x, out, norm.weight, norm.eps)
         return x + self.mlp(normed)
+
+
+def both(
+    first: Callable[[], Tensor], second: Callable[[], Tensor], device: torch.device
+) -> list[Tensor]:
+    """Two branches; in a CUDA graph at the same time. A decode step's attention waits for memory
+    and its SSM for arithmetic, so together they take little more than the longer one."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return [first(), second()]
+    here, aside = torch.cuda.current_stream(device), _aside(device)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        out = second()
+    outs = [first(), out]
+    here.wait_stream(aside)
+    return outs
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)  # before what fills the device for longer

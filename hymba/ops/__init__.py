@@ -16,7 +16,7 @@ from hymba.ops.attention import Meta, Past
 from hymba.ops.backend import twin
 from hymba.ops.loss import IGNORE
 from hymba.ops.segments import Segments, send
-from hymba.ops.thin import MOST_ROWS
+from hymba.ops.thin import MOST_ROWS as THIN_ROWS
 
 __all__ = [
     "IGNORE",
@@ -299,8 +299,8 @@ def _fit_thin(
     residual: Tensor | None = None,
 ) -> None:
     rows, width = x.shape
-    if rows > MOST_ROWS:
-        raise ValueError(f"{op}: {rows} rows where {MOST_ROWS} are the most")
+    if rows > THIN_ROWS:
+        raise ValueError(f"{op}: {rows} rows where {THIN_ROWS} are the most")
     _fit(op, weight=(weight.shape[1], width))
     if norm_weight is not None:
         _fit(op, norm_weight=(len(norm_weight), width))
