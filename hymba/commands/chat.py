@@ -99,6 +99,7 @@ class Conversation:
 
     system: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
+    known: list[int] = field(default_factory=list)  # ids up to the last answer's end, as computed
 
     def all(self) -> list[dict[str, str]]:
         told = [{"role": "system", "content": self.system}] if self.system else []
@@ -113,6 +114,11 @@ class Conversation:
         for message in self.all():
             line = "\n" if text and message["role"] != "assistant" else ""
             text += line + message["content"]
+        # A model may say a text in other tokens than the tokenizer's. Where its own tokens give
+        # the same text they are taken, since their state is in the prefix cache.
+        exact = self.known + tokenizer.encode("\n" + self.messages[-1]["content"])
+        if self.known and tokenizer.decode(exact) == text:
+            return exact
         return tokenizer.encode(text, bos=tokenizer.bos_id is not None)
 
     def save(self, path: Path) -> None:
@@ -215,7 +221,7 @@ class Chat:
             if line.startswith("/"):
                 self._command(line)
             elif line.strip():
-                self.answer(line.strip())
+                self.answer(line[line.startswith(" /") :])
             return True
         except UserError as error:
             self._aside.print(f"error: {' '.join(str(error).split())}", style="red", markup=False)
@@ -229,16 +235,19 @@ class Chat:
         conversation = self.conversation
         conversation.messages.append({"role": "user", "content": message})
         facts, said = _Facts(), ""
+        tokens: list[int] = []
         try:
             with _interruptible() as interrupted:
                 ids = conversation.ids(self.tokenizer)
                 for delta in _steps(self.engine, ids, self.sampling, interrupted):
                     facts.saw(delta)
                     said += delta.text
+                    tokens += delta.tokens
                     print(delta.text.translate(UNSEEN), end="", flush=True)
         finally:
             if said:
                 conversation.messages.append({"role": "assistant", "content": said})
+                conversation.known = ids + tokens
             else:
                 conversation.messages.pop()
         print(flush=True)

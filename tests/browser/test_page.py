@@ -16,6 +16,8 @@ for package in ("playwright.sync_api", "fastapi", "uvicorn"):
     pytest.importorskip(package, reason=f"the browser's tests need {package}: make test-browser")
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
 
+from hymba.commands.chat import Conversation  # noqa: E402
+
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 LONG = 15_000  # tokens: an answer that is still coming when the test stops it
@@ -184,6 +186,7 @@ def test_regenerate_new_undo_export_copy(visit: Callable[..., Page], server: Any
     content = json.loads(Path(download.value.path()).read_text())
     assert [m["content"] for m in content["messages"]] == ["to be", second]
     assert content["model"] == "tiny" and content["seed"] == 2
+    assert Conversation.load(Path(download.value.path())).messages == content["messages"]
     button(page, "New chat").click()
     assert turns(page) == [] and page.locator(".turn").count() == 0
     button(page, "Undo").click()
