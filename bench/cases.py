@@ -38,6 +38,7 @@ E, STATES, TAPS = 3200, 16, 4  # the 1.5B's sizes
 D, MLP, VOCAB, RANK = 1600, 5504, 32001, 100
 HEADS, GROUPS, KEY, VALUE, META, WINDOW = 25, 5, 64, 128, 128, 1024
 CONTEXT = 8192
+PAGE = 256  # places of a page of a cache
 SIZES = [(8, 2048), (1, 8192), (4, 8192), (1, 32768)]  # segments, rows of each
 BATCHES = [1, 16, 128]
 ROWS = 16384
@@ -296,48 +297,47 @@ def decodes(options: Options) -> Iterator[Builder]:
 
 
 def decode(batch: int, window: int | None) -> Case:
-    """One token a row over 8192 others or a ring, and the meta keys that all rows share."""
-    shape = Shape(batch, 1, META, window, past=CONTEXT)
-    segments, past = Segments((1,) * batch), held_past(batch, CONTEXT, window)
-    inputs = {
-        "q": rand(batch, HEADS, KEY),
-        "k": rand(batch, GROUPS, KEY),
-        "v": rand(batch, GROUPS, VALUE),
-    }
+    """One token a row over 8192 places in pages of 256, in any order, or over a full ring of one
+    page, and the meta keys that all rows share."""
+    size, columns = (PAGE, CONTEXT // PAGE) if window is None else (window + 1, 1)
+    pages, places = batch * columns, columns * size
+    table = torch.randperm(pages, device=DEVICE).int().view(batch, columns)
+    counts = torch.full((batch,), places, dtype=torch.int32, device=DEVICE)
+    stores = rand(pages, GROUPS, size, KEY), rand(pages, GROUPS, size, VALUE)
     shared = Meta(rand(META, GROUPS, KEY), rand(META, GROUPS, VALUE))
-    moved = nbytes(past.k, past.v, *shared, *inputs.values()) + batch * HEADS * VALUE * 2
+    inputs = {"q": rand(batch, HEADS, KEY)}
+    moved = nbytes(*stores, *shared, inputs["q"]) + batch * HEADS * VALUE * 2
 
-    def run(f: Callable[..., Tensor], **x: Tensor) -> Tensor:
-        return f(x["q"], x["k"], x["v"], segments, window, shared, past)
+    def run(f: Callable[..., Tensor], q: Tensor) -> Tensor:
+        return f(q, *stores, table, counts, places, shared)
 
-    def reference(**x: Tensor) -> Tensor:
-        from hymba.ops.attention import attention_reference
-
-        return run(attention_reference, **x)
+    def reference(q: Tensor) -> Tensor:
+        """Row by row: the keys of all, gathered in float64, are many GB."""
+        f, rows = plain("attention_step"), zip(q.split(1), table.split(1), strict=True)
+        return torch.cat([f(x, *stores, held, counts[:1], places, shared) for x, held in rows])
 
     def by_sdpa() -> Peer:
         """The heads of a group as rows, so that its keys are read once; keys in one piece."""
-        _, full = attention_peers(shape, *inputs.values(), shared, past).values()
-        q = inputs["q"].unflatten(1, (GROUPS, -1))  # (S, G, H/G, h)
-        keys = full().inputs[1:]
-        k, v = (x[:, :: HEADS // GROUPS].contiguous() for x in keys)
+        held = [store[table.long()].transpose(1, 2).flatten(2, 3) for store in stores]
+        first = [meta.transpose(0, 1).expand(batch, -1, -1, -1) for meta in shared]
+        k, v = (torch.cat(pair, dim=2) for pair in zip(first, held, strict=True))
+        # k (S, G, M + places, h)
         fused = torch.nn.functional.scaled_dot_product_attention
+        q = inputs["q"].unflatten(1, (GROUPS, -1))  # (S, G, H/G, h)
         return Peer(fused, [q, k, v], lambda out: out.flatten(1, 2))
 
-    peers: dict[str, Callable[[], Peer]] = {}
-    if window is None:
-        peers["sdpa"] = by_sdpa
-    peers["torch"] = lambda: _plain_peer(lambda **x: run(plain("attention"), **x), inputs)
-    places = past.k.shape[2]
+    def by_torch() -> Peer:
+        return _plain_peer(lambda **x: run(plain("attention_step"), **x), inputs)
+
     kind = "ring" if window else "full cache"
     return Case(
         "attention decode",
         f"batch {batch}, {kind} of {places} + {META} meta",
-        lambda **x: run(op("attention"), **x),
+        lambda **x: run(op("attention_step"), **x),
         reference,
         inputs,
         {"inference": Work(moved, reads=True)},
-        peers,
+        {"sdpa": by_sdpa, "torch": by_torch},
         host=True,
         backward=False,
     )

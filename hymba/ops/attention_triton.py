@@ -32,7 +32,6 @@ from torch import Tensor
 
 from hymba.ops.attention import Meta, Past
 from hymba.ops.attention import attention as plain_attention
-from hymba.ops.attention_decode_triton import attention_decode
 from hymba.ops.backend import dense_last, launch, operator, wants_grad
 from hymba.ops.segments import Segments, table
 
@@ -222,8 +221,6 @@ def attention(
         return _attention(q, k, v, segments.lengths, window, meta_k, meta_v, save)[0]
     if wants_grad(q, k, v, meta_k, meta_v, past.k, past.v):
         return plain_attention(q, k, v, segments, window, meta, past)
-    if segments.uniform == 1:
-        return attention_decode(q, k, v, segments, window, meta, past)
     return attention_chunk(q, k, v, segments, window, meta, past)
 
 

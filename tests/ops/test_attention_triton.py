@@ -216,7 +216,7 @@ def test_behind_a_past(
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_one_row_behind_a_past(window: int | None, device: str) -> None:
-    """Decode has kernels of its own; these ones are right there too."""
+    """A chunk may be one row, which a decode step would give to kernels of its own."""
     segments, begins = Segments((1, 1, 1)), (0, 3, 21)
     inputs = tensors(segments, (4, 2), (8, 16), 3, torch.float32, device)
     rows = [inputs[name] for name in ("q", "k", "v")]
