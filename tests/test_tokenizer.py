@@ -227,6 +227,32 @@ def test_chat_uses_the_folders_template(tokenizer: Tokenizer, home: str) -> None
 
 
 @needs_jinja
+def test_tools_reach_the_template(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the template is loaded once: transformers takes a while to read a folder."""
+    template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + TEMPLATE
+    chat = Tokenizer(tokenizer.files | {"chat_template.jinja": template.encode()})
+    chat.prepare_chat()
+    monkeypatch.setattr(chat, "save", None)  # nothing is read again
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    bare = chat.chat(TALK)
+    assert chat.chat(TALK, tools=[tool]) == [*chat.encode("look "), *bare]
+
+
+def test_bytes_of_tokens(tokenizer: Tokenizer) -> None:
+    text = "héllo wörld € 😀 \x00\n"
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    assert tokenizer.token_bytes(2) == b"</s>"
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_bytes_of_tokens_where_bytes_are_a_fallback(llama_like: Tokenizer) -> None:
+    ids = llama_like.encode("hello world é €")
+    assert b"".join(map(llama_like.token_bytes, ids)).decode() == " hello world é €"
+    assert llama_like.token_bytes(9 + 0xE2) == b"\xe2"
+
+
+@needs_jinja
 def test_chat_refusals(tokenizer: Tokenizer) -> None:
     assert not tokenizer.has_chat_template
     with pytest.raises(TokenizerError, match="no chat template"):

@@ -102,8 +102,8 @@ class Server:
         self.metrics = Metrics(self.service)
         self.positions = llm.engine.room.max_tokens
         self._queue = llm.engine.limits.queue
-        own = () if config.eos_token_id is None else (config.eos_token_id,)
-        eos = tuple(dict.fromkeys((*own, *settings.eos_ids)))
+        own = self.tokenizer.eos_id if config.eos_token_id is None else config.eos_token_id
+        eos = tuple({*settings.eos_ids} | ({own} if own is not None else set()))
         self.reader = Reader(self.tokenizer, settings, self.positions, config.vocab_size, eos)
         self._created = int(time.time())
 

@@ -82,6 +82,7 @@ class Reply(Response):
                     whole = Response(body.model_dump_json(), 200, self._extra, "application/json")
                     self._begun = True
                     await whole(scope, receive, send)
+            watch.ended("done")
         except asyncio.CancelledError:  # the client has gone
             watch.ended("cancelled")
             raise

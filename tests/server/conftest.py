@@ -163,7 +163,8 @@ def serve(model: LanguageModel, tokenizer: Tokenizer) -> Iterator[Callable[..., 
     def begin(limits: Limits | None = None, **settings: Any) -> Served:
         vocabulary = settings.pop("tokenizer", tokenizer)
         limits = limits or Limits(max_sequences=4)
-        served = start(model, vocabulary, limits, Settings(model="tiny", **settings))
+        name = settings.pop("name", "tiny")
+        served = start(model, vocabulary, limits, Settings(model=name, **settings))
         running.append(served)
         return served
 

@@ -159,11 +159,13 @@ def test_health_stats_metrics_and_page(served: Any, post: Any) -> None:
         page = client.get("/")
         assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
         metrics = client.get("/metrics").text
+        assert "hymba_request_seconds_count 0.0" not in metrics
     for name in (
         "hymba_requests_running 0.0",
         "hymba_requests_waiting 0.0",
         "hymba_time_to_first_token_seconds_count",
         "hymba_time_per_output_token_seconds_bucket",
+        "hymba_request_seconds_count",
         "hymba_generated_tokens_total",
         "hymba_prefix_hits_total",
         "hymba_cache_bytes ",
