@@ -36,8 +36,8 @@ PROCESSORS = 132  # of an H100 or H200
 class Tiling(NamedTuple):
     """How the work is cut; module-wide so that a benchmark can try others."""
 
-    numbers: int = 128  # of the weight, held by a thread
-    warps: int = 4
+    numbers: int = 64  # of the weight, held by a thread
+    warps: int = 8
     wide_warps: int = 8  # where a weight has more than 4096 columns
     waves: int = 2  # programs for each multiprocessor at least, if outputs suffice
     chain: bool = True  # starts while the kernel before it ends
