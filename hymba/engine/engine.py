@@ -86,7 +86,7 @@ class _Flight:
 
 
 class Engine:
-    """Everything here is for one thread."""
+    """Everything here is for one thread, but for `prepare`."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class Engine:
             self.store.reset(slot)
         else:
             self.store.bring_back(slot, snapshot, branch.pages)
-        if start.kept is not None and branch.known == branch.prompt:
+        if start.kept is not None and branch.known == branch.prompt and job.index == 0:
             job.request.cached_tokens = max(job.request.cached_tokens, start.kept.length)
         if start.saved is not None:
             self._host_bytes -= start.saved.nbytes

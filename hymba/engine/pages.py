@@ -7,6 +7,7 @@ sequence writes at its end only, and its last page is always its own.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 
 
@@ -16,7 +17,7 @@ class Pages:
 
     def __init__(self, count: int, size: int):
         self.count, self.size = count, size
-        self._free = list(range(count - 1, -1, -1))
+        self._free = list(range(count))  # a heap
         self._owners = [0] * count
 
     @property
@@ -35,7 +36,7 @@ class Pages:
         """So many fresh pages. MemoryError, nothing taken, where there are not as many."""
         if count > len(self._free):
             raise MemoryError(f"{count} pages wanted, {len(self._free)} free")
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [heapq.heappop(self._free) for _ in range(count)]
         for page in taken:
             self._owners[page] = 1
         return taken
@@ -50,4 +51,4 @@ class Pages:
         for page in pages:
             self._owners[page] -= 1
             if self._owners[page] == 0:
-                self._free.append(page)
+                heapq.heappush(self._free, page)

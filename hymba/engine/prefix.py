@@ -47,7 +47,7 @@ class Prefixes:
 
     def find(self, tokens: Sequence[int], most: int) -> Entry | None:
         """The longest entry that `tokens` begin with, of at most `most` tokens."""
-        lengths = sorted(n for n in self._lengths if n <= min(most, len(tokens)))
+        lengths = sorted(n for n in self._lengths if 0 < n <= min(most, len(tokens)))
         found = None
         for key in _keys(tokens, lengths):
             found = self._entries.get(key, found)

@@ -115,6 +115,7 @@ class Scheduler:
         self.waiting: deque[Branch] = deque()
         self.running: list[Branch] = []  # the oldest first
         self._free = list(range(slots))  # a heap: the lowest first
+        self._begun: list[Entry] = []  # what this plan's starts begin with
         self.preemptions = 0
 
     def add(self, branch: Branch) -> None:
@@ -133,7 +134,10 @@ class Scheduler:
         left = self.step_tokens - len(plan.decode)
         for branch in self.running:
             left -= self._chunk(branch, left, plan)
-        while self.waiting and self._free and left > 0 and self._admit(self.waiting[0], plan):
+        # Where somebody had to leave nobody comes: least of all the same one.
+        while not plan.away and self.waiting and self._free and left > 0:
+            if not self._admit(self.waiting[0], plan):
+                break
             branch = self.waiting.popleft()
             self.running.append(branch)
             left -= self._chunk(branch, left, plan)
@@ -142,6 +146,7 @@ class Scheduler:
         for branch in plan.decode:
             branch.computed += 1
             branch.unread += 1
+        self._let_go()
         return plan
 
     def say(self, branch: Branch, token: int) -> None:
@@ -205,17 +210,18 @@ class Scheduler:
             entry.waiting += 1  # not evicted for its own sake
         shared = entry.kept.pages[: entry.length // self.pages.size] if entry else []
         missing = self.pages.needed(branch.known) - len(shared)
-        there = self._find_pages(missing)
-        if entry is not None:
-            entry.waiting -= 1
-        if not there:
+        if not self._find_pages(missing):
+            if entry is not None:
+                entry.waiting -= 1
             return self._unblock(branch, plan)
         self.pages.share(shared)
         branch.pages = list(shared) + self.pages.take(missing)
         branch.slot = heapq.heappop(self._free)
         branch.computed = 0
         if entry is not None:
-            self.prefixes.count(entry)
+            self._begun.append(entry)  # nor for others', before its last page is copied
+            if entry is not branch.start:
+                self.prefixes.count(entry)
             branch.computed = entry.length
         elif branch.saved is not None:
             branch.computed = branch.saved.length
@@ -237,6 +243,15 @@ class Scheduler:
             if other.start is not None and other.start.kept is kept:
                 other.start = None
         return self._admit(branch, plan)
+
+    def _let_go(self) -> None:
+        """What the plan's starts begin with is held no longer. Its pages may be free from here on,
+        but nobody takes any before the plan is done."""
+        for entry in self._begun:
+            entry.waiting -= 1
+        self._begun.clear()
+        for kept in self.prefixes.shed():
+            self.pages.give_back(kept.pages)
 
     def _forget_start(self, branch: Branch) -> None:
         if branch.start is not None:
