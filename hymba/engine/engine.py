@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hymba.engine.grammar import Grammars, Matcher
 from hymba.engine.limits import Limits, Room
 from hymba.engine.pages import Pages
 from hymba.engine.prefix import Entry, Prefixes
@@ -33,9 +33,6 @@ from hymba.errors import UserError
 from hymba.model.decoder import LanguageModel
 from hymba.ops import send
 from hymba.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from hymba.engine.grammar import Grammars, Matcher
 
 
 class QueueFull(UserError):
@@ -108,7 +105,8 @@ class Engine:
         self.runner = Runner(model, self.store)
         self.sampler = Sampler(self.store.slots, config.vocab_size, model.device)
         self.ahead = ahead if ahead is not None else int(model.device.type == "cuda")
-        self._grammars: Grammars | None = None
+        size, stop_ids = config.vocab_size, self._stop_ids(Sampling())
+        self.grammars = Grammars(tokenizer, size, stop_ids) if tokenizer else None
         self._branches: dict[Request, list[Branch]] = {}  # those that go on
         self._flights: deque[_Flight] = deque()
         self._deltas: list[Delta] = []
@@ -137,6 +135,11 @@ class Engine:
         self.scheduler.add(branches[0])
         self._prompt_tokens += len(tokens)
         return request
+
+    def prepare(self, sampling: Sampling) -> None:
+        """What `add` would do first and may take seconds: compile a constraint. The one method for
+        any thread, so that a large schema need not stop everybody's steps. UserError as `add`."""
+        self._matcher(sampling)
 
     def cancel(self, request: Request) -> None:
         """Nobody wants it any more: slot and pages are free at once, no more deltas come."""
@@ -386,8 +389,8 @@ class Engine:
             size = config.vocab_size
             raise UserError(f"token id {bad} is outside the vocabulary (0 to {size - 1})")
         sampling.check_vocabulary(config.vocab_size)
-        if self.tokenizer is None and (sampling.stop or sampling.constrained):
-            raise UserError("stop strings and constraints need a tokenizer, and there is none")
+        if self.tokenizer is None and sampling.stop:
+            raise UserError("stop strings need a tokenizer, and there is none")
         if len(self.scheduler.waiting) >= self.limits.queue:
             raise QueueFull(f"{len(self.scheduler.waiting)} requests wait already: try again later")
         return tokens
@@ -404,13 +407,9 @@ class Engine:
     def _matcher(self, sampling: Sampling) -> Matcher | None:
         if not sampling.constrained:
             return None
-        if self._grammars is None:
-            from hymba.engine.grammar import Grammars
-
-            assert self.tokenizer is not None
-            stop_ids = self._stop_ids(Sampling())
-            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, stop_ids)
-        return self._grammars.matcher(sampling)
+        if self.grammars is None:
+            raise UserError("constraints need a tokenizer, and there is none")
+        return self.grammars.matcher(sampling)
 
 
 def _is_plain(sampling: Sampling) -> bool:

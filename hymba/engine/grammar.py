@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,15 @@ CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 
 
 class Grammars:
-    """Compiled grammars for one tokenizer and model; asked for again, one is found in a cache.
+    """Compiled grammars for one tokenizer and model; asked for again, one is found in a cache. For
+    several threads.
 
     A schema's objects have the properties that it names, and no others unless it allows them."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int] = ()) -> None:
         self._tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, tuple(stop_ids)
         self._compilers: dict[bool, xgrammar.GrammarCompiler] = {}  # of JSON, and of all text
+        self._making = threading.Lock()
 
     def matcher(self, sampling: Sampling) -> Matcher | None:
         """At the beginning of an answer; None where there is no constraint. UserError for a schema
@@ -63,24 +66,27 @@ class Grammars:
             raise UserError(f"{what} cannot be followed: {_reason(error)}") from error
 
     def _compiler(self, of_json: bool) -> xgrammar.GrammarCompiler:
-        if of_json not in self._compilers:
-            xgrammar = _import()
-            spelled = _spellings(self._tokenizer, self._vocab_size)
-            if of_json:
-                # A JSON string has no control characters, but xgrammar 0.2.8 lets them into strings
-                # with a minLength or maxLength (mlc-ai/xgrammar#800). Outside of strings only
-                # white space would be one, and the line's end, which it does keep out, is enough.
-                spelled = [b"" if CONTROL.search(token) else token for token in spelled]
-            # One token more than the model has: the end of an answer, whatever ids stop it.
-            info = xgrammar.TokenizerInfo(
-                [*spelled, b""],
-                xgrammar.VocabType.RAW,
-                vocab_size=self._vocab_size + 1,
-                stop_token_ids=[self._vocab_size],
-            )
-            made = xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
-            self._compilers[of_json] = made
-        return self._compilers[of_json]
+        with self._making:
+            if of_json not in self._compilers:
+                self._compilers[of_json] = self._make_compiler(of_json)
+            return self._compilers[of_json]
+
+    def _make_compiler(self, of_json: bool) -> xgrammar.GrammarCompiler:
+        xgrammar = _import()
+        spelled = _spellings(self._tokenizer, self._vocab_size)
+        if of_json:
+            # A JSON string has no control characters, but xgrammar 0.2.8 lets them into strings
+            # with a minLength or maxLength (mlc-ai/xgrammar#800). Outside of strings only
+            # white space would be one, and the line's end, which it does keep out, is enough.
+            spelled = [b"" if CONTROL.search(token) else token for token in spelled]
+        # One token more than the model has: the end of an answer, whatever ids stop it.
+        info = xgrammar.TokenizerInfo(
+            [*spelled, b""],
+            xgrammar.VocabType.RAW,
+            vocab_size=self._vocab_size + 1,
+            stop_token_ids=[self._vocab_size],
+        )
+        return xgrammar.GrammarCompiler(info, cache_limit_bytes=CACHE_BYTES)
 
 
 class Matcher:
