@@ -20,6 +20,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hymba.service")
 
 State = Literal["starting", "ready", "draining", "failed", "closed"]
+COMPILERS = 2  # schemas and expressions compiled at once
 Deliveries = dict["Stream", list[Delta]]
 
 
@@ -51,6 +53,9 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: dict[Request, Stream] = {}  # the thread's
         self._open: set[Stream] = set()  # the event loop's
+        # Large schemas take seconds to compile: here nobody else waits for them but other schemas.
+        self.compilers = ThreadPoolExecutor(COMPILERS, "hymba-compiler")
+        self.prepare = engine.prepare  # for any thread
         self.state: State = "starting"
         self.stats: Stats = engine.stats()  # as of the last step; here no thread runs yet
 
@@ -97,6 +102,7 @@ class Service:
         self.state = "closed"
         self._inbox.put(lambda: None)  # wakes the thread
         await asyncio.to_thread(self._thread.join)
+        self.compilers.shutdown(wait=False, cancel_futures=True)
 
     # ---- on the engine's thread
 
@@ -210,10 +216,13 @@ class Stream:
     async def __aenter__(self) -> Stream:
         service = self._service
         service.check_open()
-        self._admitted = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._admitted = loop.create_future()
         service._open.add(self)
-        service._inbox.put(lambda: service._admit(self))
         try:
+            if self.sampling.constrained:
+                await loop.run_in_executor(service.compilers, service.prepare, self.sampling)
+            service._inbox.put(lambda: service._admit(self))
             await self._admitted
         except BaseException:
             self._close()

@@ -178,6 +178,33 @@ def test_a_client_that_goes_while_it_waits(serve: Any) -> None:
     assert served.idle()
 
 
+# ---- what takes long
+
+
+def test_a_large_schema_keeps_nobody_else_waiting(served: Any) -> None:
+    pytest.importorskip("xgrammar")
+    names = {f"p{i}": {"type": "integer"} for i in range(2000)}
+    form = {"schema": {"type": "object", "properties": names}}
+    large = {"response_format": {"type": "json_schema", "json_schema": form}}
+    took = {}
+
+    def ask(name: str, **more: Any) -> None:
+        with served.client() as client:
+            body = {"prompt": "x", "max_tokens": 2, **more}
+            began = time.monotonic()
+            assert client.post("/v1/completions", json=body).status_code == 200
+            took[name] = time.monotonic() - began
+
+    ask("first")
+    slow = threading.Thread(target=ask, args=("large",), kwargs=large)
+    slow.start()
+    time.sleep(0.2)
+    ask("other")
+    assert slow.is_alive(), "the schema is too quick for this test"
+    slow.join()
+    assert took["other"] < took["large"] / 2
+
+
 # ---- when the engine fails
 
 
