@@ -25,7 +25,7 @@ from hymba.config import Config, Layer
 from hymba.model.attention import attend
 from hymba.model.batch import Batch
 from hymba.model.layers import MLP, RMSNorm, apply_rope
-from hymba.model.ssm import SSM, is_matrix
+from hymba.model.ssm import SSM, is_matrix, is_plain
 from hymba.ops import Meta, Past, Segments
 
 
@@ -212,10 +212,11 @@ class Block(nn.Module):
         return ops.linear_add(hidden, mlp.down_proj.weight, x)
 
     def is_bare(self) -> bool:
-        """Whether its projections are their weights and nothing more."""
-        parts = (self.mixer, self.mlp) if self.mlp is not None else (self.mixer,)
-        linears = (part for module in parts for part in module.children())
-        return all(is_matrix(x) for x in linears if not isinstance(x, (SSM, RMSNorm)))
+        """Whether mixer and MLP are their weights and nothing more: no adapters, no hooks."""
+        parts: list[nn.Module] = [self.mixer] if self.mlp is None else [self.mixer, self.mlp]
+        inner = [part for module in parts for part in module.children()]
+        linears = [x for x in inner if not isinstance(x, (SSM, RMSNorm))]
+        return all(map(is_plain, parts)) and all(map(is_matrix, linears))
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         """x and the mixer's output, added, and the MLP over them."""

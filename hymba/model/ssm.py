@@ -93,8 +93,13 @@ class SSM(nn.Module):
         return -torch.exp(self.A_log.to(torch.promote_types(dtype, torch.float32)))
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module runs its class' forward and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
 def is_matrix(linear: nn.Module) -> bool:
     """Whether a projection is its weight and nothing more: no adapter, hook or packed weight."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     weight = getattr(linear, "weight", None)
-    return type(linear) is nn.Linear and type(weight) is nn.Parameter and not hooks
+    return type(linear) is nn.Linear and type(weight) is nn.Parameter and is_plain(linear)
