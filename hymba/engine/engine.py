@@ -141,6 +141,10 @@ class Engine:
         any thread, so that a large schema need not stop everybody's steps. UserError as `add`."""
         self._matcher(sampling)
 
+    def warm_up(self) -> None:
+        """Do now what would make the first requests of a GPU wait: CUDA graphs of all sizes."""
+        self.runner.warm_up()
+
     def cancel(self, request: Request) -> None:
         """Nobody wants it any more: slot and pages are free at once, no more deltas come."""
         for branch in self._branches.pop(request, []):

@@ -2,12 +2,13 @@
 
 The decode step knows everything on the device: which token each slot said last, how many tokens it
 holds, where its pages are. The host only names the slots. On a GPU it is a CUDA graph, captured
-once for each size of batch and reach of context (both rounded up; rows that are too many work on a
-spare slot); elsewhere the same function is called as it is.
+once for each number of rows, rounded up (rows that are too many work on a spare slot); elsewhere
+the same function is called as it is.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hymba.cache import held
-from hymba.config import KV_BLOCK
 from hymba.engine.store import Store
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
@@ -45,7 +45,7 @@ class Runner:
         )
         with torch.no_grad():  # constants of the weights, which an engine holds still
             self.rates = model.decoder.rates()
-        self._captured: dict[tuple[int, int], Captured] = {}
+        self._captured: dict[int, Captured] = {}  # by rows
         self._pool: Any = None
         self._slots: tuple[tuple[int, ...], Tensor] = (), self.last[:0]
 
@@ -68,10 +68,13 @@ class Runner:
 
     def decode(self, slots: Sequence[int]) -> tuple[Spoken, Tensor]:
         """One new token of each slot -> what the model says, and the slots (S,) on the device."""
-        longest = max(self.store.lengths[slot] for slot in slots) + 1
         self.store.broken.update(slots)
         index = self._index(tuple(slots))
-        spoken = self._replay(index, longest) if self.graphs else self._eager(index, longest)
+        if self.graphs:
+            spoken = self._replay(index)
+        else:
+            self.store.look_at(max(self.store.lengths[slot] for slot in slots) + 1)
+            spoken = self._step(index)
         self.store.end_step(slots)
         return spoken, index
 
@@ -83,10 +86,6 @@ class Runner:
         if self._slots[0] != slots:
             self._slots = slots, send(torch.tensor(slots), self.device)
         return self._slots[1]
-
-    def _eager(self, index: Tensor, longest: int) -> Spoken:
-        self.store.look_at(longest)
-        return self._step(index)
 
     @torch.no_grad()
     def _step(self, slots: Tensor) -> Spoken:
@@ -101,19 +100,26 @@ class Runner:
 
     # ---- CUDA graphs
 
-    def _replay(self, index: Tensor, longest: int) -> Spoken:
-        rows, reach = rounded_rows(len(index)), rounded_reach(longest)
-        captured = self._captured.get((rows, reach))
+    def warm_up(self) -> None:
+        """Capture a graph for every number of rows now, not when requests wait for it."""
+        sizes = {rounded_rows(rows) for rows in range(1, self.store.spare + 1)}
+        for rows in sorted(sizes if self.graphs else (), reverse=True):  # the largest memory first
+            if rows not in self._captured:
+                self._captured[rows] = self._capture(rows)
+
+    def _replay(self, index: Tensor) -> Spoken:
+        rows = rounded_rows(len(index))
+        captured = self._captured.get(rows)
         if captured is None:
-            captured = self._captured[rows, reach] = self._capture(rows, reach)
+            captured = self._captured[rows] = self._capture(rows)
         captured.slots[: len(index)].copy_(index)
         captured.slots[len(index) :].fill_(self.store.spare)
         captured.graph.replay()
         return captured.spoken
 
-    def _capture(self, rows: int, reach: int) -> Captured:
+    def _capture(self, rows: int) -> Captured:
         slots = torch.full((rows,), self.store.spare, device=self.device)
-        self.store.look_at(reach)
+        self.store.look_at(sys.maxsize)  # the kernels see on the device how far they need to go
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(aside):  # once without a graph: kernels compile and load
@@ -133,11 +139,3 @@ def rounded_rows(rows: int) -> int:
     while size < rows:
         size *= 2
     return size * 3 // 4 if size >= 8 and rows <= size * 3 // 4 else size
-
-
-def rounded_reach(tokens: int) -> int:
-    """Tokens of context that a graph is ready for: KV_BLOCK times 4, 8, 16, ..."""
-    reach = 4 * KV_BLOCK
-    while reach < tokens:
-        reach *= 2
-    return reach

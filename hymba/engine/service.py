@@ -71,6 +71,7 @@ class Service:
 
     async def warm_up(self, prompt: Sequence[int]) -> None:
         """Answer something, so that what is slow the first time is behind us; then be ready."""
+        self._inbox.put(self._engine.warm_up)
         async with Stream(self, [prompt], Sampling(max_tokens=2, stop_ids=())) as stream:
             async for _ in stream:
                 pass

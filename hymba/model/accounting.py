@@ -125,6 +125,43 @@ def cache_bytes(
     return found | {"meta": meta}
 
 
+def step_bytes(
+    config: Config,
+    tokens: int,
+    batch: int = 1,
+    weight_bytes: int = 2,
+    kv_bytes: int = 2,
+    state_bytes: int = 4,
+) -> dict[str, int]:
+    """Bytes that a decode step cannot do without moving, of `batch` sequences that have `tokens`
+    text tokens each after it: what it costs where memory's bandwidth is the limit.
+
+    "weights" once for all sequences, "meta" K/V too; each sequence's "kv" that is seen, once for
+    each layer that owns any; "states" read and written. "total" is these four. "again" is not in
+    it: the K/V that layers without their own read once more, unless a cache held it so long."""
+    found = dict.fromkeys(("weights", "meta", "kv", "states"), 0)
+    table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    unread = table + config.meta_tokens * config.hidden_size
+    found["weights"] = (parameters(config)["total"] - unread) * weight_bytes
+    again = 0
+    for layer in config.layers:
+        if layer.attention:
+            owner = layer if layer.kv_from is None else config.layers[layer.kv_from]
+            width = _kv_width(config, owner) * kv_bytes
+            seen = tokens if layer.window is None else min(tokens, layer.window + 1)
+            if layer.owns_kv:
+                found["kv"] += batch * seen * width
+                found["meta"] += config.meta_tokens * width
+            else:
+                again += (batch * seen + config.meta_tokens) * width
+        if layer.ssm:
+            conv = (config.ssm_conv - 1) * config.inner_size * kv_bytes
+            ssm = config.inner_size * config.ssm_state * state_bytes
+            found["states"] += 2 * batch * (conv + ssm)
+    found["total"] = sum(found.values())
+    return found | {"again": again}
+
+
 def paper_cache_bytes(config: Config, tokens: int = 8000) -> int:
     """The paper's own count (tables 1, 2, 10), in FP16, which reproduces its 78.6 MB: the window
     clipped to the text, meta tokens in global layers only, sharing as half the window layers, SSM
