@@ -1,0 +1,675 @@
+"""The engine says what the one-request loop says, token for token, whatever happens to a request.
+
+Everything free is poisoned before every step (`playing.Play`), and memory that nobody wrote is NaN.
+float32, because that is the promise; the tiny models' logits are far enough apart.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hymba.config import Config
+from hymba.engine import Completion, Engine, Limits, QueueFull, Sampling
+from hymba.engine.sampling_reference import sample_reference
+from hymba.errors import UserError
+from hymba.model.accounting import cache_bytes
+from hymba.model.batch import Batch
+from hymba.model.decoder import LanguageModel
+from hymba.tokenizer import Tokenizer
+from tests.engine.playing import Ask, Play, alone, check_at_rest
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
+
+PLANS = ["hymba", "hymba-no-meta", "llama", "mamba", "samba"]
+FREE = Sampling(max_tokens=12, stop_ids=())
+Twin = Callable[..., Completion]
+Prompt = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Config], lively: Callable[..., LanguageModel]) -> Any:
+    models: dict[str, LanguageModel] = {}
+
+    def of(plan: str) -> LanguageModel:
+        if plan not in models:
+            models[plan] = lively(tiny(plan))
+        return models[plan]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def twin(model: Callable[[str], LanguageModel]) -> Twin:
+    """What the one-request loop says; asked once."""
+    said: dict[Any, Completion] = {}
+
+    def ask(plan: str, prompt: list[int], how: Sampling, tokenizer: Any = None) -> Completion:
+        key = plan, tuple(prompt), repr(how)
+        if key not in said:
+            said[key] = alone(model(plan), prompt, how, tokenizer)
+        return said[key]
+
+    return ask
+
+
+@pytest.fixture
+def prompt(text: Callable[..., torch.Tensor]) -> Prompt:
+    return lambda length, seed=0: text(length, seed).tolist()
+
+
+def paged_room(model: LanguageModel, sequences: int, pages: int, **more: Any) -> Limits:
+    """Limits with so many slots and pages exactly."""
+    sizes = Engine(model, limits=Limits(max_sequences=1)).room.sizes
+    nbytes = (sequences + 1) * sizes.slot + (pages + 2) * sizes.page
+    limits = Limits(max_sequences=sequences, cache_bytes=nbytes, **more)
+    room = Engine(model, limits=limits).room
+    assert (room.sequences, room.pages) == (sequences, pages)
+    return limits
+
+
+ASKED = [
+    Sampling(max_tokens=20),
+    Sampling(max_tokens=12, temperature=0.8, top_p=0.9, seed=4),
+    Sampling(max_tokens=25, temperature=1.0, top_k=9, seed=5, frequency_penalty=0.5),
+    Sampling(max_tokens=9, repetition_penalty=1.3, logit_bias={3: 1.0}),
+    Sampling(max_tokens=30, temperature=1.2, min_p=0.05, seed=2**63, stop_ids=(7, 9)),
+    Sampling(max_tokens=1),
+    Sampling(max_tokens=15, presence_penalty=1.5, stop_ids=()),
+]
+LENGTHS = [1, 30, 255, 2, 256, 9, 257, 12, 300, 5, 40, 3]
+
+
+# ---- any load
+
+
+@pytest.mark.parametrize(("ahead", "slots", "step_tokens"), [(0, 4, 80), (1, 6, 600)])
+@pytest.mark.parametrize("plan", PLANS)
+def test_ragged_loads(
+    model: Any, twin: Twin, prompt: Prompt, plan: str, ahead: int, slots: int, step_tokens: int
+) -> None:
+    """Arrivals and cancels at random steps, prompts around a page, rings that wrap many times."""
+    draw = random.Random(f"{plan} {ahead}")
+    asks = []
+    for i, length in enumerate(LENGTHS):
+        at = draw.randrange(25)
+        gone = at + draw.randrange(1, 12) if i in (1, 6, 9) else None
+        asks.append(Ask(prompt(length), ASKED[i % len(ASKED)], at, gone))
+    limits = Limits(max_sequences=slots, step_tokens=step_tokens)
+    play = Play(Engine(model(plan), limits=limits, ahead=ahead))
+    for ask, request in zip(asks, play.load(asks), strict=True):
+        found, want = play.said[request][0], twin(plan, ask.prompt, ask.sampling)
+        if found.finish is None:
+            assert ask.cancelled is not None
+            assert found.tokens == want.tokens[: len(found.tokens)]
+        else:
+            assert (found.tokens, found.finish) == (want.tokens, want.finish)
+    check_at_rest(play.engine)
+
+
+@pytest.mark.parametrize("step_tokens", [1, 3, 17, 1000])
+def test_budgets(model: Any, twin: Twin, prompt: Prompt, step_tokens: int) -> None:
+    """However a prompt is cut: one token a step, or all at once."""
+    limits = Limits(max_sequences=1 if step_tokens == 1 else 2, step_tokens=step_tokens)
+    play = Play(Engine(model("hymba"), limits=limits))
+    prompts = [prompt(13), prompt(22), prompt(1)]
+    requests = [play.add(each, FREE) for each in prompts]
+    most = 0
+    while play.engine.busy:
+        before = play.computed
+        play.step()
+        most = max(most, play.computed - before)
+    assert most <= max(step_tokens, limits.max_sequences)
+    for each, request in zip(prompts, requests, strict=True):
+        assert play.tokens(request) == [twin("hymba", each, FREE).tokens]
+
+
+@pytest.mark.parametrize("plan", ["hymba", "llama", "mamba"])
+def test_many_more_requests_than_slots(model: Any, twin: Twin, prompt: Prompt, plan: str) -> None:
+    play = Play(Engine(model(plan), limits=Limits(max_sequences=2)))
+    asked = [(prompt(1 + i % 7), replace(ASKED[i % 4], max_tokens=6)) for i in range(20)]
+    requests = [play.add(*each) for each in asked]
+    assert play.engine.stats().waiting == 20
+    play.all()
+    for each, request in zip(asked, requests, strict=True):
+        assert play.tokens(request) == [twin(plan, *each).tokens]
+    check_at_rest(play.engine)
+
+
+def test_two_engines_on_one_model(model: Any, twin: Twin, prompt: Prompt) -> None:
+    plays = [Play(Engine(model("hymba"), limits=Limits(max_sequences=n))) for n in (1, 3)]
+    prompts = [prompt(20, seed) for seed in range(3)]
+    requests = [[play.add(each, FREE) for each in prompts] for play in plays]
+    while any(play.engine.busy for play in plays):
+        for play in plays:
+            play.step()
+    for play, own in zip(plays, requests, strict=True):
+        for each, request in zip(prompts, own, strict=True):
+            assert play.tokens(request) == [twin("hymba", each, FREE).tokens]
+
+
+# ---- ends
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("plan", ["hymba", "mamba"])
+def test_the_last_position(model: Any, twin: Twin, prompt: Prompt, plan: str, ahead: int) -> None:
+    play = Play(Engine(model(plan), ahead=ahead))
+    how = Sampling(max_tokens=50, stop_ids=())
+    for length, says in ((505, 7), (511, 1)):
+        found = play.one(prompt(length), how)
+        assert (len(found.tokens), found.finish) == (says, "length")
+        assert found.tokens == twin(plan, prompt(length), how).tokens
+    check_at_rest(play.engine)
+
+
+def test_sequences_longer_than_two_pages(lively: Any, tiny: Any, prompt: Prompt) -> None:
+    """Three and four pages, beside one of one page, whose row of the table ends in blank pages."""
+    long = lively(replace(tiny("hymba-no-meta"), max_positions=1024))
+    play = Play(Engine(long, limits=Limits(step_tokens=300)))
+    asked = [(prompt(760), FREE), (prompt(3), replace(FREE, max_tokens=40)), (prompt(513), FREE)]
+    requests = [play.add(*each) for each in asked]
+    play.all()
+    for each, request in zip(asked, requests, strict=True):
+        assert play.tokens(request) == [alone(long, *each).tokens]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_stop_ids(model: Any, twin: Twin, prompt: Prompt, ahead: int) -> None:
+    """The stop id is not part of the answer, and what was computed behind it does not show."""
+    play = Play(Engine(model("hymba"), ahead=ahead))
+    long = twin("hymba", prompt(9), FREE).tokens
+    stop = next(t for i, t in enumerate(long) if i > 2 and t not in long[:i])
+    found = play.one(prompt(9), Sampling(stop_ids=(stop,)))
+    assert (found.tokens, found.finish) == (long[: long.index(stop)], "stop")
+    check_at_rest(play.engine)
+
+
+def test_the_model_s_own_end(model: Any, prompt: Prompt, lively: Any, tiny: Any) -> None:
+    """stop_ids=None is the config's eos_token_id, and a model without one does not stop."""
+    said = alone(model("llama"), prompt(6), FREE).tokens
+    config = tiny("llama")
+    for eos, finish in ((said[4], "stop"), (None, "length")):
+        engine = Engine(lively(replace(config, eos_token_id=eos)))
+        found = Play(engine).one(prompt(6), Sampling(max_tokens=12))
+        assert found.finish == finish
+        assert found.tokens == (said if eos is None else said[: said.index(eos)])
+
+
+# ---- preempted and resumed
+
+
+@pytest.mark.parametrize(("ahead", "host_bytes"), [(0, 2**30), (1, 300_000), (1, 0)])
+@pytest.mark.parametrize("plan", ["hymba", "llama"])
+def test_preempted_and_resumed(
+    model: Any, twin: Twin, prompt: Prompt, plan: str, ahead: int, host_bytes: int
+) -> None:
+    """Sequences grow beyond three pages: the youngest leave, to the host's memory or to be
+    computed again, and their draws and penalties go on where they were."""
+    limits = paged_room(model(plan), 3, 3, host_bytes=host_bytes, prefix_bytes=0, step_tokens=600)
+    play = Play(Engine(model(plan), limits=limits, ahead=ahead))
+    hows = [
+        Sampling(max_tokens=40, stop_ids=()),
+        Sampling(max_tokens=30, temperature=1.0, seed=8, stop_ids=(), frequency_penalty=1.0),
+        Sampling(max_tokens=35, temperature=0.7, seed=1, stop_ids=(), repetition_penalty=1.2),
+        Sampling(max_tokens=5, stop_ids=()),
+    ]
+    asked = list(zip([prompt(n) for n in (240, 235, 250, 256)], hows, strict=True))
+    requests = [play.add(*each) for each in asked]
+    play.all()
+    assert play.engine.stats().preemptions >= 2
+    for each, request in zip(asked, requests, strict=True):
+        assert play.tokens(request) == [twin(plan, *each).tokens]
+    work = sum(len(p) - 1 + how.max_tokens for p, how in asked)
+    assert play.computed == work if host_bytes == 2**30 else play.computed >= work
+    assert play.computed > work + 200 or host_bytes, "computed again where there is no room"
+    check_at_rest(play.engine)
+
+
+def test_preempted_beside_kept_beginnings(model: Any, twin: Twin, prompt: Prompt) -> None:
+    """Kept beginnings go first, and a request that comes back may find its own."""
+    limits = paged_room(model("hymba"), 3, 3, host_bytes=0, prefix_bytes=2**30, step_tokens=300)
+    play = Play(Engine(model("hymba"), limits=limits))
+    asked = [(prompt(n, 3)[:n], replace(FREE, max_tokens=30)) for n in (245, 250)]
+    for _ in range(2):
+        requests = [play.add(*each) for each in asked]
+        play.all()
+        for each, request in zip(asked, requests, strict=True):
+            assert play.tokens(request) == [twin("hymba", *each).tokens]
+    assert play.engine.stats().preemptions
+    check_at_rest(play.engine)
+
+
+def test_cancelled_while_preempted(model: Any, twin: Twin, prompt: Prompt) -> None:
+    limits = paged_room(model("llama"), 2, 3, prefix_bytes=0)
+    play = Play(Engine(model("llama"), limits=limits))
+    how = replace(FREE, max_tokens=30)
+    first, second = play.add(prompt(250), how), play.add(prompt(249), how)
+    while not play.engine.stats().preemptions:
+        play.step()
+    assert play.engine._host_bytes > 0
+    play.engine.cancel(second)
+    assert play.engine._host_bytes == 0
+    play.all()
+    assert play.tokens(first) == [twin("llama", prompt(250), how).tokens]
+    check_at_rest(play.engine)
+
+
+def test_a_beginning_is_copied_before_its_pages_are_another_s(
+    model: Any, twin: Twin, prompt: Prompt
+) -> None:
+    """Two come in at once, and the second needs the page of what the first begins with."""
+    limits = paged_room(model("hymba"), 2, 3, prefix_bytes=2**30)
+    play = Play(Engine(model("hymba"), limits=limits))
+    play.one(prompt(60), FREE)
+    more = [*prompt(60), 5]
+    first, second = play.add(more, FREE), play.add(prompt(300), FREE)
+    play.all()
+    assert first.cached_tokens == 59
+    assert play.tokens(first) == [twin("hymba", more, FREE).tokens]
+    assert play.tokens(second) == [twin("hymba", prompt(300), FREE).tokens]
+    check_at_rest(play.engine)
+
+
+# ---- beginnings kept
+
+
+@pytest.mark.parametrize(("first", "ahead"), [(40, 1), (250, 0)])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_second_turn_does_not_compute_the_first(
+    model: Any, twin: Twin, prompt: Prompt, plan: str, first: int, ahead: int
+) -> None:
+    """Through the end of a page, too."""
+    play = Play(Engine(model(plan), ahead=ahead))
+    turn = prompt(first)
+    for _ in range(2):
+        answer = play.one(turn, FREE)
+        assert answer.tokens == twin(plan, turn, FREE).tokens
+        known, turn = len(turn) + 12 - 1, [*turn, *answer.tokens, *prompt(6)]
+        before = play.chunked
+        request = play.add(turn, FREE)
+        play.all()
+        assert request.cached_tokens == known
+        assert play.chunked - before == len(turn) - 1 - known
+        assert play.tokens(request) == [twin(plan, turn, FREE).tokens]
+    assert play.engine.stats().prefix_hits == 2 + 1  # and each turn twice
+    check_at_rest(play.engine)
+
+
+def test_a_stop_id_that_the_next_turn_has(model: Any, twin: Twin, prompt: Prompt) -> None:
+    """With a step ahead the stop id has been computed, and the next turn of a chat has it."""
+    for ahead in (0, 1):
+        play = Play(Engine(model("hymba"), ahead=ahead))
+        long = twin("hymba", prompt(30), FREE).tokens
+        stop = next(t for i, t in enumerate(long) if i > 2 and t not in long[:i])
+        answer = play.one(prompt(30), Sampling(stop_ids=(stop,)))
+        turn = [*prompt(30), *answer.tokens, stop, 4, 5]
+        request = play.add(turn, FREE)
+        play.all()
+        assert request.cached_tokens == 30 + len(answer.tokens) + ahead
+        assert play.tokens(request) == [twin("hymba", turn, FREE).tokens]
+
+
+@pytest.mark.parametrize("length", [256, 300])
+def test_a_shared_system_prompt(model: Any, twin: Twin, prompt: Prompt, length: int) -> None:
+    """Two requests show where it ends, the third is served from it; pages are shared."""
+    play = Play(Engine(model("hymba"), limits=Limits(step_tokens=400)))
+    system = prompt(length)
+    for number in range(4):
+        asked = [*system, 50 + number, *prompt(20, number)]
+        before = play.chunked
+        request = play.add(asked, FREE)
+        play.step()
+        play.all()
+        found = length if number >= 2 else 0
+        assert request.cached_tokens == found
+        assert play.chunked - before == length + 20 - found
+        assert play.tokens(request) == [twin("hymba", asked, FREE).tokens]
+    stats = play.engine.stats()
+    assert (stats.prefix_hits, stats.prefix_hit_tokens) == (2, 2 * length)
+    check_at_rest(play.engine)
+
+
+def test_what_begins_alike_shares_full_pages(model: Any, twin: Twin, prompt: Prompt) -> None:
+    """Two go on from one beginning at once, each in its own last page."""
+    play = Play(Engine(model("hymba"), limits=Limits(step_tokens=400)))
+    system, how = prompt(270), replace(FREE, max_tokens=20)
+    play.one([*system, 1], how)
+    asked = [[*system, 1], [*system, 1, 2], [*system, 1, 2]]
+    requests = [play.add(each, how) for each in asked]
+    before = play.engine.pages.used
+    play.step()
+    assert play.engine.pages.used == before + 3 + 1  # and the beginning of the second, kept
+    play.all()
+    for each, request in zip(asked, requests, strict=True):
+        assert request.cached_tokens == 270
+        assert play.tokens(request) == [twin("hymba", each, how).tokens]
+    check_at_rest(play.engine)
+
+
+def test_beginnings_are_exact_to_the_token(model: Any, twin: Twin, prompt: Prompt) -> None:
+    """The same again computes nothing; one token less, or another one, is another beginning."""
+    play = Play(Engine(model("samba"), limits=Limits(shortest_prefix=8)))
+    asked = prompt(20)
+    play.one(asked, FREE)
+    other = [*asked[:10], (asked[10] + 1) % 61, *asked[11:]]
+    for again, cached in ((asked, 19), (asked[:19], 0), (other, 0), (other, 19), (asked, 19)):
+        request = play.add(again, FREE)
+        play.all()
+        assert request.cached_tokens == cached
+        assert play.tokens(request) == [twin("samba", again, FREE).tokens]
+
+
+def test_short_beginnings_are_not_kept(model: Any, prompt: Prompt) -> None:
+    play = Play(Engine(model("mamba"), limits=Limits(shortest_prefix=16)))
+    how = Sampling(max_tokens=4, stop_ids=())
+    for length, kept in ((12, 0), (13, 1), (17, 3)):  # its end; with the answer 15, 16, 20
+        play.one(prompt(length), how)
+        assert len(play.engine.prefixes) == kept
+
+
+@pytest.mark.parametrize("plan", ["hymba", "mamba"])
+def test_beginnings_stay_within_their_bytes(
+    model: Any, twin: Twin, prompt: Prompt, plan: str
+) -> None:
+    """The least recently used goes; computed again, it is there again."""
+    sizes = Engine(model(plan)).room.sizes
+    limit = 4 * (sizes.slot + sizes.page) + 1
+    play = Play(Engine(model(plan), limits=Limits(prefix_bytes=limit)))
+
+    def ask(seed: int) -> int:
+        request = play.add(prompt(20 + seed, seed), FREE)
+        while play.engine.busy:
+            play.step()
+            assert play.engine.stats().prefix_bytes <= limit
+        want = twin(plan, prompt(20 + seed, seed), FREE)
+        assert play.tokens(request) == [want.tokens]
+        return request.cached_tokens
+
+    assert [ask(0), ask(1), ask(0), ask(2), ask(0), ask(1)] == [0, 0, 19, 0, 19, 0]
+    assert [ask(1), ask(3), ask(4), ask(5), ask(0), ask(0)] == [20, 0, 0, 0, 0, 19]
+    check_at_rest(play.engine)
+
+
+def test_none_are_kept_where_none_may_be(model: Any, prompt: Prompt) -> None:
+    play = Play(Engine(model("hymba"), limits=Limits(prefix_bytes=0)))
+    for _ in range(2):
+        request = play.add(prompt(40), replace(FREE, n=3))
+        play.all()
+        assert request.cached_tokens == 0
+        assert play.engine.stats().cache_bytes == play.engine.stats().prefix_hits == 0
+
+
+# ---- several answers to one prompt
+
+
+@torch.no_grad()
+def branch(model: LanguageModel, prompt: list[int], how: Sampling, index: int) -> list[int]:
+    """Answer `index` of several, each token from one whole forward."""
+    said: list[int] = []
+    while len(said) < how.max_tokens:
+        tokens = torch.tensor([*prompt, *said])
+        logits = model.logits(model(tokens, Batch.of([len(tokens)])))[-1]
+        said.append(sample_reference(logits, how, how.some_seed(), index, prompt, said))
+    return said
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("plan", PLANS)
+def test_answers_branch_from_one_prompt(model: Any, prompt: Prompt, plan: str, ahead: int) -> None:
+    """More of them than slots, and the prompt is computed once."""
+    how = Sampling(max_tokens=8, temperature=1.0, seed=3, n=4, stop_ids=())
+    play = Play(Engine(model(plan), limits=Limits(max_sequences=3), ahead=ahead))
+    request = play.add(prompt(30), how)
+    play.all()
+    assert play.tokens(request) == [branch(model(plan), prompt(30), how, i) for i in range(4)]
+    assert len({tuple(tokens) for tokens in play.tokens(request)}) > 1
+    assert play.chunked == 29 and play.computed == 29 + 4 * 8
+    assert request.cached_tokens == 0, "its own prompt was not found, it was computed"
+    assert play.engine.stats().prompt_tokens == 30
+    check_at_rest(play.engine)
+
+
+def test_several_answers_to_a_prompt_of_one_token(model: Any, prompt: Prompt) -> None:
+    play = Play(Engine(model("hymba")))
+    how = Sampling(max_tokens=6, temperature=1.0, seed=3, n=3, stop_ids=())
+    request = play.add([9], how)
+    play.all()
+    assert play.tokens(request) == [branch(model("hymba"), [9], how, i) for i in range(3)]
+    play.one([8], FREE)
+    assert play.engine.stats().prefix_hits == 0, "nothing is no beginning"
+    check_at_rest(play.engine)
+
+
+def test_several_answers_where_pages_are_few(model: Any, twin: Twin, prompt: Prompt) -> None:
+    """They wait for each other, are preempted, and give what they give alone."""
+    limits = paged_room(model("llama"), 3, 3, prefix_bytes=2**30, step_tokens=600)
+    play = Play(Engine(model("llama"), limits=limits))
+    how = replace(FREE, max_tokens=20, n=4)
+    request, other = play.add(prompt(250), how), play.add(prompt(260), FREE)
+    play.all()
+    want = twin("llama", prompt(250), replace(how, n=1)).tokens
+    assert play.tokens(request) == [want] * 4
+    assert play.tokens(other) == [twin("llama", prompt(260), FREE).tokens]
+    check_at_rest(play.engine)
+
+
+def test_several_answers_are_cancelled_together(model: Any, prompt: Prompt) -> None:
+    for steps in range(5):
+        play = Play(Engine(model("mamba"), limits=Limits(max_sequences=2, prefix_bytes=0)))
+        request = play.add(prompt(30), replace(FREE, n=4))
+        for _ in range(steps):
+            play.step()
+        play.engine.cancel(request)
+        play.engine.cancel(request)  # twice is nothing
+        assert play.engine.step() == []
+        check_at_rest(play.engine)
+
+
+def test_no_delta_after_a_cancel(model: Any, prompt: Prompt) -> None:
+    """Not even of the step that was launched before it."""
+    play = Play(Engine(model("hymba"), ahead=1))
+    kept, gone = play.add(prompt(5), FREE), play.add(prompt(6), FREE)
+    for _ in range(4):
+        play.step()
+    said = len(play.tokens(gone)[0])
+    play.engine.cancel(gone)
+    play.all()
+    assert len(play.tokens(gone)[0]) == said and len(play.tokens(kept)[0]) == 12
+
+
+# ---- log-probabilities and constraints
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_logprobs_are_the_plain_forward_s(model: Any, prompt: Prompt, ahead: int) -> None:
+    """Beside requests that ask for others or none; of the model, whatever sampling makes of it."""
+    play = Play(Engine(model("hymba"), ahead=ahead))
+    hows = [
+        Sampling(max_tokens=6, stop_ids=(), logprobs=3),
+        Sampling(max_tokens=7, stop_ids=()),
+        Sampling(max_tokens=5, stop_ids=(), logprobs=0, temperature=1.0, top_k=3, seed=1),
+        Sampling(max_tokens=5, stop_ids=(), logprobs=20, logit_bias={4: 5.0}),
+    ]
+    requests = [play.add(prompt(9 + i), how) for i, how in enumerate(hows)]
+    play.all()
+    for i, (request, how) in enumerate(zip(requests, hows, strict=True)):
+        found = play.said[request][0]
+        if how.logprobs is None:
+            assert found.logprobs == []
+            continue
+        tokens = torch.tensor([*prompt(9 + i), *found.tokens])
+        with torch.no_grad():
+            logits = model("hymba").logits(model("hymba")(tokens, Batch.of([len(tokens)])))
+        want = logits.log_softmax(-1)[9 + i - 1 : -1]
+        assert [said.token for said in found.logprobs] == found.tokens
+        for said, row in zip(found.logprobs, want, strict=True):
+            assert said.logprob == pytest.approx(row[said.token].item(), abs=1e-4)
+            best = row.topk(how.logprobs)
+            assert [token for token, _ in said.top] == best.indices.tolist()
+            assert [x for _, x in said.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """The tiny models' 61 ids are its first: specials and printing characters."""
+    return Tokenizer.train(["abc"], vocab_size=300)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_constrained_beside_free(
+    model: Any, twin: Twin, prompt: Prompt, tokenizer: Tokenizer, ahead: int
+) -> None:
+    pytest.importorskip("xgrammar")
+    hows = [
+        Sampling(max_tokens=20, regex="[A-C]{4}[0-9]+X"),
+        FREE,
+        Sampling(max_tokens=9, regex="[0-9]+", temperature=1.0, seed=5),
+        Sampling(max_tokens=9, regex="ABC", stop_ids=()),
+        Sampling(max_tokens=9, temperature=1.0, seed=5),
+        Sampling(max_tokens=9, regex="(A{0})"),
+    ]
+    limits = Limits(max_sequences=4)
+    play = Play(Engine(model("hymba"), tokenizer, limits, ahead=ahead))
+    requests = [play.add(prompt(5 + i), how) for i, how in enumerate(hows)]
+    play.all()
+    for i, (request, how) in enumerate(zip(requests, hows, strict=True)):
+        found, want = play.said[request][0], twin("hymba", prompt(5 + i), how, tokenizer)
+        assert (found.tokens, found.finish) == (want.tokens, want.finish)
+        assert found.text == want.text == tokenizer.decode(found.tokens)
+    assert play.said[requests[3]][0].text == "ABC"
+    check_at_rest(play.engine)
+
+
+def test_constrained_and_preempted(
+    model: Any, twin: Twin, prompt: Prompt, tokenizer: Tokenizer
+) -> None:
+    """Where an answer stands in its grammar is not lost with its slot."""
+    pytest.importorskip("xgrammar")
+    play = Play(Engine(model("llama"), tokenizer, paged_room(model("llama"), 2, 3), ahead=1))
+    how = Sampling(max_tokens=30, regex="([0-9][A-F]){9}")
+    asked = [(prompt(250), replace(FREE, max_tokens=30)), (prompt(249), how)]
+    requests = [play.add(*each) for each in asked]
+    play.all()
+    assert play.engine.stats().preemptions
+    for each, request in zip(asked, requests, strict=True):
+        assert play.tokens(request) == [twin("llama", *each, tokenizer).tokens]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_stop_strings(
+    model: Any, twin: Twin, prompt: Prompt, tokenizer: Tokenizer, ahead: int
+) -> None:
+    play = Play(Engine(model("hymba"), tokenizer, ahead=ahead))
+    how = Sampling(max_tokens=30, temperature=1.0, seed=3, stop_ids=())
+    free = twin("hymba", prompt(7), how, tokenizer)
+    for stop in ((free.text[7:9], free.text[6:9]), (free.text[3:5], "never"), ("\ufffd",)):
+        asked = replace(how, stop=stop)
+        found, want = play.one(prompt(7), asked), twin("hymba", prompt(7), asked, tokenizer)
+        assert (found.text, found.tokens, found.finish) == (want.text, want.tokens, want.finish)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ([], None, "the prompt is empty"),
+        ([1, 61], None, r"token id 61 is outside the vocabulary \(0 to 60\)"),
+        ([-1], None, "token id -1 is outside"),
+        ([1] * 512, None, "the prompt has 512 tokens; sequences may have 512 here"),
+        ([1], Sampling(stop="x"), "stop strings need a tokenizer"),
+        ([1], Sampling(regex="x", n=3), "constraints need a tokenizer"),
+        ([1], Sampling(logit_bias={61: 1}), "logit_bias: token id 61 is outside"),
+    ],
+)
+def test_what_is_refused(model: Any, prompt: Any, sampling: Any, message: str) -> None:
+    engine = Engine(model("hymba"))
+    with pytest.raises(UserError, match=message):
+        engine.add(prompt, sampling)
+    check_at_rest(engine)
+    assert engine.stats().prompt_tokens == 0 and engine.step() == []
+
+
+def test_a_constraint_that_cannot_be_followed(
+    model: Any, tokenizer: Tokenizer, prompt: Prompt
+) -> None:
+    pytest.importorskip("xgrammar")
+    engine = Engine(model("hymba"), tokenizer)
+    with pytest.raises(UserError, match="regex cannot be followed"):
+        engine.add(prompt(30), Sampling(regex="(", n=2))
+    check_at_rest(engine)
+    assert Play(engine).one(prompt(3), FREE).finish == "length"
+
+
+def test_a_full_queue(model: Any, prompt: Prompt) -> None:
+    play = Play(Engine(model("mamba"), limits=Limits(max_sequences=1, queue=3)))
+    for _ in range(3):
+        play.add(prompt(4), FREE)
+    with pytest.raises(QueueFull, match="3 requests wait already"):
+        play.engine.add(prompt(4), FREE)
+    play.step()
+    play.add(prompt(4), FREE)
+    play.all()
+    assert all(completion.finish for (completion,) in play.said.values())
+    check_at_rest(play.engine)
+
+
+def test_longest_sequences_of_a_small_cache(model: Any, prompt: Prompt) -> None:
+    """One page is 256 tokens for prompt and answer together, and the message says so."""
+    play = Play(Engine(model("llama"), limits=paged_room(model("llama"), 1, 1)))
+    with pytest.raises(UserError, match="the prompt has 256 tokens; sequences may have 256 here"):
+        play.engine.add(prompt(256), FREE)
+    found = play.one(prompt(250), FREE)
+    assert (len(found.tokens), found.finish) == (6, "length")
+
+
+# ---- counts
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_bytes_are_as_predicted(model: Any, plan: str) -> None:
+    """Allocated is what Room says, and what the accounting says of a sequence."""
+    engine = Engine(model(plan), limits=Limits(max_sequences=3))
+    room, config = engine.room, engine.model.config
+    predicted = cache_bytes(config, room.max_tokens, kv_bytes=4, state_bytes=4)
+    assert engine.store.nbytes()["total"] == room.cache_bytes == engine.stats().cache_bytes_total
+    assert room.sizes.slot + room.sizes.page * (2 if room.pages else 0) == predicted["total"]
+    assert engine.stats().meta_bytes == predicted["meta"]
+    tensors = [*engine.store.rings, *engine.store.paged, *engine.store.states]
+    assert sum(x.nbytes for x in tensors) == room.cache_bytes
+
+
+def test_stats_add_up(model: Any, prompt: Prompt) -> None:
+    play = Play(Engine(model("hymba"), limits=Limits(max_sequences=2)))
+    sizes = play.engine.room.sizes
+    requests = [play.add(prompt(n), FREE) for n in (20, 300, 8)]
+    steps = 0
+    while play.engine.busy:
+        play.step()
+        steps += 1
+        stats = play.engine.stats()
+        going = [r for r in requests if play.said[r][0].finish is None]
+        assert stats.running + stats.waiting == len(going) and stats.running <= 2
+        assert stats.generated_tokens == sum(len(play.tokens(r)[0]) for r in requests)
+        used = stats.running * sizes.slot + play.engine.pages.used * sizes.page
+        assert stats.cache_bytes == used + len(play.engine.prefixes) * sizes.slot
+    assert (stats.steps, stats.prompt_tokens, stats.generated_tokens) == (steps, 328, 36)
+    assert (stats.preemptions, stats.prefix_hits) == (0, 0)
+    check_at_rest(play.engine)
+
+
+def test_seeds(model: Any, prompt: Prompt) -> None:
+    play = Play(Engine(model("hymba")))
+
+    def said(seed: int | None) -> list[int]:
+        return play.one(prompt(5), replace(FREE, temperature=1.0, seed=seed)).tokens
+
+    assert said(1) == said(1) != said(2)
+    assert said(None) != said(None)
