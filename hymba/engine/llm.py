@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +72,55 @@ class LLM:
     def _generate(
         self, prompts: list[list[int]], each: Sequence[Sampling | None]
     ) -> Iterator[Output]:
-        todo = list(zip(prompts, each, strict=True))[::-1]
-        outputs: dict[Request, Output] = {}
+        with closing(self.run(zip(prompts, each, strict=True))) as found:
+            yield from in_order(found)
+
+    def run(
+        self,
+        asked: Iterable[tuple[Prompt, Sampling | None]],
+        after_step: Callable[[], object] | None = None,
+    ) -> Generator[tuple[int, Output | UserError], None, None]:
+        """Continue prompts of any number, taken as the engine has room for them: (place in
+        `asked`, output), each as soon as it is done. One that cannot be served has its UserError
+        there, and the others go on. `after_step` is called between the engine's steps, where it
+        may end the run with an exception."""
+        source, running = enumerate(asked), dict[Request, tuple[int, Output]]()
+        waiting, most = self.engine.scheduler.waiting, max(1, self.engine.limits.queue)
+        more = True
         try:
-            while todo or outputs:
-                while todo and len(self.engine.scheduler.waiting) < self.engine.limits.queue:
-                    request = self.engine.add(*todo.pop())
-                    outputs[request] = Output(
-                        request.prompt, [Completion() for _ in range(request.sampling.n)]
-                    )
-                for delta in self.engine.step():
-                    if delta.request in outputs:
-                        outputs[delta.request].completions[delta.index].add(delta)
-                while outputs and outputs[first := next(iter(outputs))].done:
-                    yield _done(first, outputs.pop(first))
+            while more or running:
+                while more and len(waiting) < most:
+                    found = next(source, None)
+                    more = found is not None
+                    if found is not None:
+                        index, (prompt, sampling) = found
+                        try:
+                            request = self.engine.add(self.encode(prompt), sampling)
+                        except UserError as error:
+                            yield index, error
+                            continue
+                        completions = [Completion() for _ in range(request.sampling.n)]
+                        running[request] = index, Output(request.prompt, completions)
+                for request in self._step(running):
+                    yield running.pop(request)
+                if after_step is not None:
+                    after_step()
         finally:  # left early: nobody waits for the rest
-            for request in outputs:
+            for request in running:
                 self.engine.cancel(request)
+
+    def _step(self, running: Mapping[Request, tuple[int, Output]]) -> list[Request]:
+        """Step, keep what was said, and tell who is done."""
+        done = []
+        for delta in self.engine.step():
+            request = delta.request
+            if request in running:
+                _, output = running[request]
+                output.completions[delta.index].add(delta)
+                if output.done:
+                    output.cached_tokens = request.cached_tokens
+                    done.append(request)
+        return done
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling: Sampling | None = None
@@ -121,9 +154,17 @@ class LLM:
         return self.tokenizer
 
 
-def _done(request: Request, output: Output) -> Output:
-    output.cached_tokens = request.cached_tokens
-    return output
+def in_order(done: Iterable[tuple[int, Output | UserError]]) -> Iterator[Output]:
+    """What `LLM.run` gives, in the order in which it was asked. An error is raised at once."""
+    early: dict[int, Output] = {}
+    turn = 0
+    for index, output in done:
+        if isinstance(output, UserError):
+            raise output
+        early[index] = output
+        while turn in early:
+            yield early.pop(turn)
+            turn += 1
 
 
 def _tokenizer_of(folder: Path | None) -> Tokenizer | None:
