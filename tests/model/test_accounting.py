@@ -11,6 +11,7 @@ from torch import nn
 
 from hymba.config import Config, ConfigError
 from hymba.model import accounting
+from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
 from hymba.presets import PRESETS, hymba, llama, mamba, samba
 
@@ -176,3 +177,36 @@ def test_fit_says_when_nothing_fits() -> None:
         accounting.fit(PLANS_TO_FIT["llama"], 1000)
     with pytest.raises(ConfigError, match="change the other sizes"):
         accounting.fit(PLANS_TO_FIT["llama"], 600_000, multiple=500)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("tokens", [1, 4, 300])
+def test_step_bytes_are_those_of_the_tensors(plan: str, tokens: int, tiny: Tiny, lively) -> None:
+    """Every weight that a step reads, what is seen of the caches' K/V, states read and written."""
+    config = tiny(plan)
+    model = lively(config)
+    found = accounting.step_bytes(config, tokens, 3, weight_bytes=4, kv_bytes=4, state_bytes=4)
+    unread = [model.decoder.meta_tokens] if model.decoder.meta_tokens else []
+    unread += [] if config.tie_embeddings else [model.decoder.embed_tokens]
+    idle = sum(p.nbytes for module in unread for p in module.parameters())
+    assert found["weights"] == sum(p.nbytes for p in model.parameters()) - idle
+    cache = model.new_cache(3)
+    with torch.no_grad():
+        model(torch.ones(3 * tokens, dtype=torch.long), Batch.of([tokens] * 3), cache)
+    owned = [kv for kv in cache.kv if kv is not None]
+    seen = [min(tokens, kv.ring or tokens) / kv.k.shape[2] for kv in owned]
+    pairs = zip(owned, seen, strict=True)
+    assert found["kv"] == round(sum((kv.k.nbytes + kv.v.nbytes) * share for kv, share in pairs))
+    states = [x.nbytes for ssm in cache.ssm if ssm is not None for x in (ssm.conv, ssm.ssm)]
+    assert found["states"] == 2 * sum(states)
+    meta = [x.nbytes for state in cache.meta for x in state[:2] if x is not None]
+    assert found["meta"] == sum(meta)
+    assert found["total"] == sum(found[part] for part in ("weights", "meta", "kv", "states"))
+
+
+def test_step_bytes_of_what_is_shared() -> None:
+    """In the 1.5B 15 window layers read what 14 own; Llama shares nothing."""
+    found = accounting.step_bytes(Config.preset("hymba-1.5b"), 8192, batch=128)
+    assert found["again"] == 15 * (128 * 1025 + 128) * 5 * (64 + 128) * 2
+    assert found["total"] == 14_450_825_728
+    assert accounting.step_bytes(Config.preset("llama-3.2-3b"), 8192, 128)["again"] == 0
