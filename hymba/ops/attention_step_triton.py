@@ -15,14 +15,14 @@ cache. The last place stands alone: a full ring has window + 1 places, which is 
 A row's tiles are shared out on the device, evenly, whatever `most` says.
 
 Where there is one split it writes the output. Otherwise each leaves a *part* in float32: the
-largest score, the sum of weights and the weighted sum of values; and whoever comes last of a row
-and head adds the parts up, in their order, so that results are the same every time.
+largest score, the sum of weights and the weighted sum of values; and a second, small kernel adds
+the parts up, in their order, so that results are the same every time. (To count who comes last and
+let it add up saves a kernel and took longer, see `docs/log.md`.)
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from threading import Lock
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hymba.ops.attention import Meta
-from hymba.ops.backend import dense_last, launch, operator
+from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.chain_triton import wait
 from hymba.ops.step_triton import dot_type
 
 # A score below all others and yet finite: exp2 of a difference of two such is 1, never NaN.
@@ -50,7 +51,6 @@ class Tiling(NamedTuple):
     overhead: float = 0.5  # what a program costs beside its tiles, in tiles
     joining: float = 1.0  # what adding up costs, in tiles
     splits: int = 0  # so many; 0: as `splits_of` finds
-    last: bool = True  # who comes last adds up; else a second kernel
     chain: bool = True  # starts while the kernel before it ends
     parts: int = 8  # added up at once
 
@@ -143,39 +143,6 @@ def _attend(
 
 
 @triton.jit
-def _add_up(
-    parts, out, part, heads, there, number, stats, used, limit,
-    WIDTH_V: tl.constexpr, BLOCK_E: tl.constexpr, PER: tl.constexpr,
-    TILE: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Some heads (TILE) of a group: the sum of their parts, from number `part` on, each as much as
-    its highest score says. They were written by others just now: read from the second-level cache.
-    """
-    column = tl.arange(0, BLOCK_E)
-    highest = tl.full([TILE], FLOOR, tl.float32)
-    whole = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, BLOCK_E], tl.float32)
-    for start in range(0, used, PARTS):
-        i = start + tl.arange(0, PARTS)
-        at = (part + i)[:, None] * PER + heads[None, :]  # (PARTS, TILE)
-        mask = (i < used)[:, None] & there[None, :]
-        top = tl.load(parts + stats + at, mask=mask, other=FLOOR, cache_modifier=".cg")
-        mass = tl.load(parts + stats + limit + at, mask=mask, other=0.0, cache_modifier=".cg")
-        sums = tl.load(
-            parts + at[:, :, None] * WIDTH_V + column[None, None, :],
-            mask=mask[:, :, None] & (column < WIDTH_V)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher = tl.maximum(highest, tl.max(top, 0))
-        shrink, share = tl.exp2(highest - higher), tl.exp2(top - higher[None, :])
-        acc = acc * shrink[:, None] + tl.sum(sums * share[:, :, None], 0)
-        whole = whole * shrink + tl.sum(mass * share, 0)
-        highest = higher
-    _store(out, number, there, whole, acc, WIDTH_V, BLOCK_E)
-
-
-@triton.jit
 def _store(out, number, there, mass, acc, WIDTH_V: tl.constexpr, BLOCK_E: tl.constexpr):
     column = tl.arange(0, BLOCK_E)[None, :]
     done = acc / tl.where(mass > 0.0, mass, 1.0)[:, None]  # of nothing: zeros
@@ -186,15 +153,14 @@ def _store(out, number, there, mass, acc, WIDTH_V: tl.constexpr, BLOCK_E: tl.con
 # Not for each batch size and length a kernel of its own.
 @triton.jit(do_not_specialize=["M", "splits", "pairs", "stride_t"])
 def _attention_step_kernel(
-    q, store_k, store_v, table, counts, meta_k, meta_v, parts, arrived, out,
+    q, store_k, store_v, table, counts, meta_k, meta_v, parts, out,
     M, splits, pairs, scale, stride_q, stride_qh,
     stride_kn, stride_kg, stride_kp, stride_vn, stride_vg, stride_vp, stride_t,
     stride_mk, stride_mkg, stride_mv, stride_mvg,
     P: tl.constexpr, GROUPS: tl.constexpr, PER: tl.constexpr,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
-    META: tl.constexpr, ALONE: tl.constexpr, LAST: tl.constexpr,
-    HEADS: tl.constexpr, PARTS: tl.constexpr, CHAINED: tl.constexpr,
+    META: tl.constexpr, ALONE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         gdc_wait()
@@ -253,17 +219,6 @@ def _attention_step_kernel(
             tl.store(parts + at[:, None] * WIDTH_V + columns_v, acc, mask=mask)
             tl.store(parts + limit * WIDTH_V + at, higher, mask=there)
             tl.store(parts + limit * (WIDTH_V + 1) + at, mass, mask=there)
-            if LAST:
-                tl.debug_barrier()  # all threads have stored, before one of them says so
-                before = tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu")
-                if before == used - 1:
-                    tl.store(arrived + pair, 0)  # for the next launch
-                    h = tl.arange(0, HEADS)
-                    of_group = pair.to(tl.int64) * PER + h
-                    _add_up(
-                        parts, out, part, h, h < PER, of_group, limit * WIDTH_V, used, limit,
-                        WIDTH_V, BLOCK_E, PER, HEADS, PARTS,
-                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "splits", "pairs"])
@@ -272,18 +227,33 @@ def _add_up_kernel(
     GROUPS: tl.constexpr, PER: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr, META: tl.constexpr, PARTS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One query head."""
-    pair = tl.program_id(0) // PER
-    h = tl.program_id(0) % PER + tl.arange(0, 1)
-    if CHAINED:
-        gdc_wait()
+    """The parts of one query head, each as much as its highest score says."""
+    number = tl.program_id(0)
+    pair, head = (number // PER).to(tl.int64), number % PER
+    column = tl.arange(0, BLOCK_E)
+    wait(CHAINED)
     _, _, _, used = _share(tl.load(counts + pair // GROUPS), 0, splits, M, META, BLOCK)
-    wide = pair.to(tl.int64)
     limit = pairs.to(tl.int64) * splits * PER
-    _add_up(
-        parts, out, wide * splits, h, h < PER, wide * PER + h, limit * WIDTH_V, used, limit,
-        WIDTH_V, BLOCK_E, PER, 1, PARTS,
-    )  # fmt: skip
+    highest = tl.full([1], FLOOR, tl.float32)
+    whole = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_E], tl.float32)
+    for start in range(0, used, PARTS):
+        i = start + tl.arange(0, PARTS)
+        at = (pair * splits + i) * PER + head
+        top = tl.load(parts + limit * WIDTH_V + at, mask=i < used, other=FLOOR)
+        mass = tl.load(parts + limit * (WIDTH_V + 1) + at, mask=i < used, other=0.0)
+        sums = tl.load(
+            parts + at[:, None] * WIDTH_V + column[None, :],
+            mask=(i < used)[:, None] & (column < WIDTH_V)[None, :],
+            other=0.0,
+        )
+        higher = tl.maximum(highest, tl.max(top, 0))
+        shrink, share = tl.exp2(highest - higher), tl.exp2(top - higher)
+        acc = acc * shrink + tl.sum(sums * share[:, None], 0)
+        whole = whole * shrink + tl.sum(mass * share, 0)
+        highest = higher
+    one = number.to(tl.int64) + tl.arange(0, 1)
+    _store(out, one, one >= 0, whole, acc[None, :], WIDTH_V, BLOCK_E)
 
 
 @lru_cache(maxsize=256)
@@ -301,60 +271,6 @@ def splits_of(pairs: int, tiles: int, tiling: Tiling) -> int:
     fewest = max(1, -(-tiles // tiling.most))
     most = max(fewest, min(64, 16 * PROCESSORS // pairs, tiles))
     return min(range(fewest, most + 1), key=busiest)
-
-
-class _Counters:
-    """Numbers on a device, zero between launches, in which programs count who has come.
-
-    Launches that could run at once must not share any. Those of one stream follow each other and
-    do; but a captured graph may run on any stream later, so each captured launch has its own. Where
-    none are left, or a graph is captured before anything has run, a second kernel adds up."""
-
-    EAGER = 1 << 13  # of a stream
-
-    def __init__(self, device: torch.device, size: int = 1 << 20):
-        self.numbers = torch.zeros(size, dtype=torch.int32, device=device)
-        torch.cuda.synchronize(device)  # zero for all streams
-        self.taken = 0
-        self.streams: dict[int, Tensor | None] = {}
-        self.lock = Lock()
-
-    def take(self, count: int) -> Tensor | None:
-        """Ones that are nobody else's, for good."""
-        with self.lock:
-            begin, end = self.taken, self.taken + count
-            if end > len(self.numbers):
-                return None
-            self.taken = end
-            return self.numbers[begin:end]
-
-    def of_stream(self, stream: int, count: int) -> Tensor | None:
-        if stream not in self.streams:
-            self.streams[stream] = self.take(self.EAGER)
-        return self.streams[stream] if count <= self.EAGER else None
-
-
-_counters: dict[torch.device, _Counters] = {}
-
-
-def _count_in(pairs: int, device: torch.device) -> Tensor | None:
-    if device.type != "cuda":
-        return torch.zeros(pairs, dtype=torch.int32, device=device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    if device not in _counters:
-        if capturing:
-            return None
-        _counters[device] = _Counters(device)
-    counters = _counters[device]
-    if capturing:
-        return counters.take(pairs)
-    return counters.of_stream(torch.cuda.current_stream(device).cuda_stream, pairs)
-
-
-@cache
-def chains(device: torch.device) -> bool:
-    """Can a kernel start while the one before it ends? (Hopper on.)"""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _block_of(size: int, paged: bool, tiling: Tiling) -> int:
@@ -392,32 +308,28 @@ def step_operator(
     block = _block_of(size, paged, tiling)
     tiles = -(-meta_k.shape[0] // block) + -(-max(most - 1, 0) // block)
     pairs, splits = rows * groups, splits_of(rows * groups, max(tiles, 1), tiling)
-    arrived = _count_in(pairs, q.device) if splits > 1 and tiling.last else None
     parts = out if splits == 1 else q.new_empty(
         pairs * splits * per * (value_width + 2), dtype=torch.float32
     )  # fmt: skip
-    chained = tiling.chain and chains(q.device)
-    chain = {"launch_pdl": True} if chained else {}
     shared = {
         "GROUPS": groups, "PER": per, "WIDTH_V": value_width, "BLOCK": block, "META": meta,
-        "BLOCK_E": max(16, triton.next_power_of_2(value_width)), "CHAINED": chained,
+        "BLOCK_E": max(16, triton.next_power_of_2(value_width)),
+        "CHAINED": tiling.chain and chains(q),
     }  # fmt: skip
     launch(
         _attention_step_kernel, (pairs * splits,),
-        q, store_k, store_v, table, counts, meta_k, meta_v, parts,
-        counts if arrived is None else arrived, out,
+        q, store_k, store_v, table, counts, meta_k, meta_v, parts, out,
         meta_k.shape[0], splits, pairs, LOG2E * width**-0.5,
         *q.stride()[:2], *store_k.stride()[:3], *store_v.stride()[:3], table.stride(0),
         *meta_k.stride()[:2], *meta_v.stride()[:2],
         P=size if paged else 0, WIDTH_K=width, BLOCK_H=max(16, triton.next_power_of_2(width)),
         TILE=max(16, triton.next_power_of_2(per)), DOT=dot_type(q), STAGES=tiling.stages,
-        ALONE=splits == 1, LAST=arrived is not None, HEADS=triton.next_power_of_2(per),
-        PARTS=tiling.parts, num_warps=tiling.warps, **shared, **chain,
+        ALONE=splits == 1, num_warps=tiling.warps, **shared,
     )  # fmt: skip
-    if splits > 1 and arrived is None:
+    if splits > 1:
         launch(
             _add_up_kernel, (pairs * per,), parts, out, counts, meta_k.shape[0], splits, pairs,
-            PARTS=tiling.parts, num_warps=1, **shared, **chain,
+            PARTS=tiling.parts, num_warps=1, **shared,
         )  # fmt: skip
     return out
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "torch", "reference")
+CHAINED_ROWS = 256
 log = logging.getLogger("hymba")
 
 
@@ -171,8 +172,24 @@ def dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def chains(x: Tensor, rows: int = 0) -> bool:
+    """Should a kernel that reads x be put in place while the one before it ends? It can, from
+    Hopper on; and where there are more than `CHAINED_ROWS` rows what that saves is nothing."""
+    return rows <= CHAINED_ROWS and x.is_cuda and _is_hopper(x.device)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Run a Triton kernel on the device of its first argument, whichever is the current one."""
+    """Run a Triton kernel on the device of its first argument, whichever is the current one.
+
+    One that is CHAINED (see `chains`) may start before the kernel in front of it has ended, so it
+    must wait, `chain_triton.wait`, before it reads or writes what others write or read."""
     x = args[0]
+    if meta.get("CHAINED"):
+        meta["launch_pdl"] = True
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[grid](*args, **meta)

@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hymba.ops.attention_step_triton import chains
-from hymba.ops.backend import dense_last, launch, operator
+from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.chain_triton import wait
 from hymba.ops.thin import MOST_ROWS
 
 PROCESSORS = 132  # of an H100 or H200
@@ -87,15 +86,6 @@ def _product(weight, x, kind: tl.constexpr):
     return _rounded(tl.sum(weight.to(tl.float32) * x[None, :], 1), kind)
 
 
-@triton.jit
-def _await(CHAINED: tl.constexpr):
-    """What was computed before this kernel may be read from here on; what comes behind it may be
-    put in place, and waits in turn."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
 @triton.jit(do_not_specialize=["S", "F"])
 def _norm_linear_kernel(
     x, norm_weight, weight, out, S, F, eps, stride_x, stride_w,
@@ -106,7 +96,7 @@ def _norm_linear_kernel(
     w = _weights(weight, output, column, F, stride_w, D)
     scales = tl.load(norm_weight + column, mask=column < D, other=0.0)
     kind: tl.constexpr = out.dtype.element_ty
-    _await(CHAINED)
+    wait(CHAINED)
     for row in tl.static_range(ROWS):
         v = _normed(_row(x, row, S, stride_x, column, D), scales, eps, D, kind)
         y = _product(w, v, kind)
@@ -124,7 +114,7 @@ def _norm_swiglu_kernel(
     wu = _weights(up_weight, output, column, F, stride_u, D)
     scales = tl.load(norm_weight + column, mask=column < D, other=0.0)
     kind: tl.constexpr = out.dtype.element_ty
-    _await(CHAINED)
+    wait(CHAINED)
     for row in tl.static_range(ROWS):
         v = _normed(_row(x, row, S, stride_x, column, D), scales, eps, D, kind)
         gate, up = _product(wg, v, kind), _product(wu, v, kind)
@@ -148,7 +138,7 @@ def _linear_add_kernel(
     output, column = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS)
     w = _weights(weight, output, column, F, stride_w, D)
     kind: tl.constexpr = out.dtype.element_ty
-    _await(CHAINED)
+    wait(CHAINED)
     for row in tl.static_range(ROWS):
         y = _product(w, _row(x, row, S, stride_x, column, D), kind)
         _store_sum(out, residual, y, row, output, S, F, stride_r, kind)
@@ -166,7 +156,7 @@ def _fuse_linear_kernel(
     a_scales = tl.load(a_weight + column, mask=column < D, other=0.0)
     b_scales = tl.load(b_weight + column, mask=column < D, other=0.0)
     kind: tl.constexpr = out.dtype.element_ty
-    _await(CHAINED)
+    wait(CHAINED)
     for row in tl.static_range(ROWS):
         v = _normed(_row(a, row, S, stride_a, column, D), a_scales, eps, D, kind)
         v += _normed(_row(b, row, S, stride_b, column, D), b_scales, eps, D, kind)
@@ -183,11 +173,10 @@ def _run(
     features, width = weight.shape
     columns = max(16, triton.next_power_of_2(width))
     outputs, warps = tile_of(features, columns, tensors, TILING)
-    chained = TILING.chain and chains(weight.device)
     launch(
         kernel, (triton.cdiv(features, outputs),), *args, *strides, D=width,
-        ROWS=triton.next_power_of_2(rows), COLUMNS=columns, OUTPUTS=outputs, CHAINED=chained,
-        num_warps=warps, **({"launch_pdl": True} if chained else {}),
+        ROWS=triton.next_power_of_2(rows), COLUMNS=columns, OUTPUTS=outputs,
+        CHAINED=TILING.chain and chains(weight), num_warps=warps,
     )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ MODEL = (25, 5), (64, 128)  # heads and widths of the 1.5B
 CUTS = {
     "as it is": TILING,
     "one split": TILING._replace(splits=1, block=16),
-    "splits, the last adds up": TILING._replace(splits=3, block=16, parts=2),
-    "splits, a second kernel": TILING._replace(splits=3, block=16, last=False),
+    "three splits": TILING._replace(splits=3, block=16),
+    "five, two at once": TILING._replace(splits=5, block=16, parts=2),
 }
 
 
@@ -45,7 +45,7 @@ def test_small(
     given = pages_of(counts, size, meta, dtype=dtype, device=device)
     first = attention_step(**given)
     check(first, given)
-    assert torch.equal(attention_step(**given), first)  # the counters are zero again
+    assert torch.equal(attention_step(**given), first)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -73,19 +73,19 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("chain", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case[0])
 def test_large(
     case: tuple[Any, ...],
     dtype: torch.dtype,
-    last: bool,
+    chain: bool,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if device == "cpu":
         pytest.skip("too large for the interpreter")
-    monkeypatch.setattr(kernels, "TILING", TILING._replace(last=last))
+    monkeypatch.setattr(kernels, "TILING", TILING._replace(chain=chain))
     _, counts, size, meta, heads, widths = case
     given = pages_of(counts, size, meta, heads, widths, dtype, device)
     first = attention_step(**given)
@@ -109,19 +109,6 @@ def flat(given: dict[str, Any]) -> tuple[Any, ...]:
 def test_operator_is_registered_as_it_is(device: str) -> None:
     given = pages_of((3, 4), 4, 2, device=device)
     torch.library.opcheck(kernels.step_operator.op, flat(given))
-
-
-def test_counters_are_shared_by_a_stream_only(device: str) -> None:
-    """A captured launch has its own for good; where none are left there are none."""
-    if device == "cpu":
-        pytest.skip("on a GPU")
-    counters = kernels._Counters(torch.device(device), size=3 * kernels._Counters.EAGER)
-    one, two = counters.of_stream(1, 8), counters.of_stream(2, 8)
-    assert one is counters.of_stream(1, 9) and one is not two
-    assert counters.of_stream(1, counters.EAGER + 1) is None
-    taken = counters.take(5)
-    assert taken is not None and taken.data_ptr() != counters.take(5).data_ptr()
-    assert counters.take(counters.EAGER) is None
 
 
 def test_compiled_and_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
