@@ -50,6 +50,8 @@ class LLM:
         self.model = model
         self.tokenizer = tokenizer or _tokenizer_of(folder)
         self.engine = Engine(model, self.tokenizer, limits)
+        # What was said and not yet taken, so that several generators may be read in turns.
+        self._said: dict[Request, list[Delta]] = {}
 
     def generate(
         self,
@@ -59,7 +61,7 @@ class LLM:
         """Continue each prompt (text, or token ids); one `Sampling` for all or one each. Outputs
         come in the prompts' order, each as soon as it and those before it are done.
 
-        Raises UserError before anything is computed where a prompt cannot be served."""
+        Raises UserError where a prompt cannot be served: no output after it is given."""
         if isinstance(prompts, str):
             raise UserError('prompts is a list: generate(["one prompt"])')
         each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
@@ -95,32 +97,50 @@ class LLM:
                     if found is not None:
                         index, (prompt, sampling) = found
                         try:
-                            request = self.engine.add(self.encode(prompt), sampling)
+                            request = self._ask(prompt, sampling)
                         except UserError as error:
                             yield index, error
                             continue
                         completions = [Completion() for _ in range(request.sampling.n)]
                         running[request] = index, Output(request.prompt, completions)
-                for request in self._step(running):
+                self._step()
+                for request in self._done(running):
+                    self._forget(request)
                     yield running.pop(request)
                 if after_step is not None:
                     after_step()
         finally:  # left early: nobody waits for the rest
             for request in running:
-                self.engine.cancel(request)
+                self._forget(request)
 
-    def _step(self, running: Mapping[Request, tuple[int, Output]]) -> list[Request]:
-        """Step, keep what was said, and tell who is done."""
+    def _done(self, running: Mapping[Request, tuple[int, Output]]) -> list[Request]:
+        """Take what was said to these, and tell who is done."""
         done = []
-        for delta in self.engine.step():
-            request = delta.request
-            if request in running:
-                _, output = running[request]
+        for request, (_, output) in running.items():
+            for delta in self._take(request):
                 output.completions[delta.index].add(delta)
-                if output.done:
-                    output.cached_tokens = request.cached_tokens
-                    done.append(request)
+            if output.done:
+                output.cached_tokens = request.cached_tokens
+                done.append(request)
         return done
+
+    def _ask(self, prompt: Prompt, sampling: Sampling | None) -> Request:
+        request = self.engine.add(self.encode(prompt), sampling)
+        self._said[request] = []
+        return request
+
+    def _step(self) -> None:
+        for delta in self.engine.step():
+            if delta.request in self._said:
+                self._said[delta.request].append(delta)
+
+    def _take(self, request: Request) -> list[Delta]:
+        said, self._said[request] = self._said[request], []
+        return said
+
+    def _forget(self, request: Request) -> None:
+        del self._said[request]
+        self.engine.cancel(request)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling: Sampling | None = None
@@ -130,16 +150,17 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[Delta]:
         """Continue one prompt, a delta at a time."""
-        request = self.engine.add(self.encode(prompt), sampling)
+        request = self._ask(prompt, sampling)
         left = request.sampling.n
         try:
             while left:
-                for delta in self.engine.step():
-                    if delta.request is request:
-                        left -= delta.finish is not None
-                        yield delta
+                if not self._said[request]:
+                    self._step()
+                for delta in self._take(request):
+                    left -= delta.finish is not None
+                    yield delta
         finally:
-            self.engine.cancel(request)
+            self._forget(request)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Ids of a text as prompts begin: with the model's first token, where it has one."""
