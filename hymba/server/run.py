@@ -22,6 +22,7 @@ from hymba.errors import UserError
 
 log = logging.getLogger("hymba.server")
 
+IDLE = 75  # seconds; longer than proxies keep connections, so that they never use a closed one
 CLOSING = 5  # seconds for answers that are written to reach their clients
 
 
@@ -45,7 +46,11 @@ def bind(host: str, port: int) -> socket.socket:
 def run(app: FastAPI, bound: socket.socket, grace: float, started: Callable[[], None]) -> None:
     """Serve until a signal; `started` is called when clients can connect."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=IDLE,
+        timeout_graceful_shutdown=CLOSING,
     )
     _Server(config, app.state.service, grace, started).run(sockets=[bound])
 

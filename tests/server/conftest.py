@@ -116,7 +116,9 @@ def start(model: LanguageModel, tokenizer: Tokenizer, limits: Limits, settings: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, port=port, log_level="error", timeout_keep_alive=75, timeout_graceful_shutdown=2
+    )
     server, served = uvicorn.Server(config), Served(port, app, llm)
 
     async def run() -> None:

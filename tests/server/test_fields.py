@@ -119,7 +119,7 @@ def test_completion_logprobs(post: Any) -> None:
 def test_streams_carry_logprobs(served: Any, path: str) -> None:
     chat = "chat" in path
     body = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
-    body |= {"max_tokens": 5, "stream": True, "logprobs": True if chat else 1}
+    body |= {"max_tokens": 5, "ignore_eos": True, "stream": True, "logprobs": True if chat else 1}
     with served.client() as client:
         answer = client.post(path, json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,29 +26,27 @@ HEADERS = {"content-type": "application/json"}
 
 @pytest.mark.slow
 def test_a_burst_of_everything(serve: Any, slow_loop: Any) -> None:
-    served = serve(Limits(max_sequences=6, queue=40, cache_bytes=3_000_000))
+    served = serve(Limits(max_sequences=16, queue=32))
     want = {
         (prompt, count): slow_loop(prompt, max_tokens=count).text
         for prompt in PROMPTS
-        for count in (1, 7, 20)
+        for count in (1, 5, 12)
     }
-    asyncio.run(_burst(served.url, want, random.Random(1)))  # the first makes what stays
+    asyncio.run(_burst(served.url, want, 60, random.Random(1)))  # makes what stays
     assert served.idle()
     before = _left(served)
-    results = asyncio.run(_burst(served.url, want, random.Random(2)))
+    results = asyncio.run(_burst(served.url, want, CALLS, random.Random(2)))
     assert served.idle()
-    assert {kind: results.count(kind) for kind in set(results)}.keys() <= {
-        "right", "cancelled", "refused", "busy",
-    }  # fmt: skip
-    assert results.count("right") > 60 and results.count("cancelled") > 20
-    assert results.count("refused") > 20
+    counts = {kind: results.count(kind) for kind in ("right", "cancelled", "refused")}
+    assert sum(counts.values()) == CALLS and min(counts.values()) > 20, counts
     after = _left(served)
+    assert after["resident"] < before["resident"] + 64 * 2**20  # allocators keep a little
     assert after["tasks"] <= before["tasks"] and after["streams"] == 0
     assert after["allocated"] == before["allocated"]
     assert after["used"] <= after["kept"]  # but for beginnings kept, which are bounded
     with served.client() as client:
-        answer = client.post("/v1/completions", json=_body("x", 20))
-        assert answer.json()["choices"][0]["text"] == want["x", 20]
+        answer = client.post("/v1/completions", json=_body("x", 12))
+        assert answer.json()["choices"][0]["text"] == want["x", 12]
 
 
 def _left(served: Any) -> dict[str, int]:
@@ -55,7 +54,10 @@ def _left(served: Any) -> dict[str, int]:
     stats, service = served.stats, served.app.state.service
     count = asyncio.run_coroutine_threadsafe(_tasks(), served.loop).result(5)
     limits = served.llm.engine.room
+    memory = Path("/proc/self/statm")  # pages; not every system has it
+    pages = int(memory.read_text().split()[1]) if memory.exists() else 0
     return {
+        "resident": pages * 4096,
         "tasks": count,
         "streams": len(service._open) + len(service._running),
         "allocated": stats.cache_bytes_total - stats.prefix_bytes,
@@ -73,12 +75,14 @@ def _body(prompt: str, count: int, **more: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": count, "temperature": 0} | more
 
 
-async def _burst(url: str, want: dict[tuple[str, int], str], chance: random.Random) -> list[str]:
+async def _burst(
+    url: str, want: dict[tuple[str, int], str], calls: int, chance: random.Random
+) -> list[str]:
     limits = httpx.Limits(max_connections=100)
     async with httpx.AsyncClient(
-        base_url=url, timeout=30, limits=limits, trust_env=False
+        base_url=url, timeout=60, limits=limits, trust_env=False
     ) as client:
-        return await asyncio.gather(*(_one(client, want, chance) for _ in range(CALLS)))
+        return await asyncio.gather(*(_one(client, want, chance) for _ in range(calls)))
 
 
 async def _one(client: Any, want: dict[tuple[str, int], str], chance: random.Random) -> str:
@@ -97,11 +101,14 @@ async def _one(client: Any, want: dict[tuple[str, int], str], chance: random.Ran
             async with asyncio.timeout(leave):
                 await client.post("/v1/completions", json=body)
         return "cancelled"
-    n = chance.choice([1, 1, 2])
-    answer = await client.post("/v1/completions", json=_body(prompt, count, stream=stream, n=n))
-    if answer.status_code == 429:
-        assert answer.headers["retry-after"] and answer.json()["error"]["code"] == "queue_full"
-        return "busy"
+    n, status = chance.choice([1, 1, 2]), 429
+    while status == 429:  # as clients do: come again
+        body = _body(prompt, count, stream=stream, n=n)
+        answer = await client.post("/v1/completions", json=body)
+        status = answer.status_code
+        if status == 429:
+            assert answer.headers["retry-after"] and answer.json()["error"]["code"] == "queue_full"
+            await asyncio.sleep(0.1 + pause / 4)
     assert answer.status_code == 200, answer.text
     assert _texts(answer, stream, n) == [want[prompt, count]] * n
     return "right"
