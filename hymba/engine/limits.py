@@ -36,6 +36,8 @@ class Limits:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UserError(f"{name} must be a whole number, 0 or more, got {value!r}")
+        if self.queue == 0:
+            raise UserError("queue must be 1 or more: nobody could be served without waiting")
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,12 @@ class Room:
         spare = sizes.slot + 2 * sizes.page
         budget -= spare
         # Slots for as many as can be there with an eighth of the context each.
-        sequences = min(asked, budget // max(1, sizes.slot + -(-pages // 8) * sizes.page))
+        sequences = budget // max(1, sizes.slot + -(-pages // 8) * sizes.page)
+        sequences = min(asked, max(1, sequences))
         left = budget - sequences * sizes.slot
         # A page more a sequence: a kept beginning has a copy of its last one.
         pages = min(left // sizes.page, sequences * (pages + 2)) if pages else 0
-        if sequences < 1 or (sizes.page and pages < 1):
+        if left < 0 or (sizes.page and pages < 1):
             raise UserError(
                 f"the cache may take {budget + spare} bytes, and one sequence needs at least"
                 f" {2 * sizes.slot + 3 * sizes.page}: give a larger cache_bytes, or a smaller"
@@ -81,6 +84,7 @@ class Room:
             )
         if sizes.page:
             max_tokens = min(max_tokens, pages * KV_BLOCK)
+            sizes = Sizes.of(config, max_tokens, dtype.itemsize, wide)  # rings may be smaller
         prefix = limits.prefix_bytes
         if prefix is None:
             prefix = int(PREFIX_SHARE * (budget if gpu else 2 * budget))
