@@ -188,3 +188,9 @@ def test_quick_example_runs() -> None:
 @pytest.mark.slow
 def test_generating_example_runs() -> None:
     assert "cache bytes after" in run("load_and_generate.py")
+
+
+@pytest.mark.slow
+def test_batch_example_runs() -> None:
+    printed = run("batch_generate.py")
+    assert "5 cannot be answered" in printed and "tokens said" in printed

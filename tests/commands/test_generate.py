@@ -25,6 +25,7 @@ from hymba.tokenizer import Tokenizer  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 FULL = Path("/dev/full")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +218,18 @@ def test_help_has_examples(run: Run, capsys: pytest.CaptureFixture[str]) -> None
         run("--help")
     text = capsys.readouterr().out
     assert "--file prompts.jsonl --out answers.jsonl" in text and "--repetition-penalty" in text
+
+
+@pytest.mark.parametrize("name", ["Sampling", "Limits"])
+def test_the_tables_of_settings_are_true(name: str) -> None:
+    from dataclasses import fields
+
+    import hymba
+
+    text = (ROOT / "docs/generate.md").read_text(encoding="utf-8")
+    [table] = re.findall(rf"^\| `{name}` \|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    told = re.findall(r"^\| `(\w+)` \| (\S+) \|", table, re.MULTILINE)
+    assert told == [(x.name, str(x.default)) for x in fields(getattr(hymba, name))]
 
 
 # ---- batch jobs: what is asked, what is answered
