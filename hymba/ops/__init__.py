@@ -30,6 +30,7 @@ __all__ = [
     "conv_step",
     "fuse_heads",
     "fuse_linear",
+    "linear",
     "linear_add",
     "linear_cross_entropy",
     "norm_linear",
@@ -252,8 +253,14 @@ def ssm_step(
 # Thin products, for a step of few rows: a whole weight and what stands before and behind it.
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear(x, weight): x (S, D), weight (F, D) -> (S, F), S <= 2."""
+    _fit_thin("linear", x, weight)
+    return twin("linear", x)(x, weight)
+
+
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """F.linear(rms_norm(x), weight): x (S, D), norm_weight (D), weight (F, D) -> (S, F), S <= 8."""
+    """F.linear(rms_norm(x), weight): x (S, D), norm_weight (D), weight (F, D) -> (S, F), S <= 2."""
     _fit_thin("norm_linear", x, weight, norm_weight)
     return twin("norm_linear", x)(x, norm_weight, eps, weight)
 
@@ -261,7 +268,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> T
 def norm_swiglu(
     x: Tensor, norm_weight: Tensor, eps: float, gate_weight: Tensor, up_weight: Tensor
 ) -> Tensor:
-    """swiglu of two products: x (S, D), gate_weight and up_weight (F, D) -> (S, F), S <= 8."""
+    """swiglu of two products: x (S, D), gate_weight and up_weight (F, D) -> (S, F), S <= 2."""
     _fit_thin("norm_swiglu", x, gate_weight, norm_weight)
     _fit_thin("norm_swiglu", x, up_weight)
     _fit("norm_swiglu", up_weight=(len(up_weight), len(gate_weight)))
@@ -278,7 +285,7 @@ def fuse_linear(
     residual: Tensor,
 ) -> Tensor:
     """residual + F.linear(fuse_heads(attention, ssm), weight): attention, ssm (S, E), weight
-    (D, E), residual (S, D) -> (S, D), S <= 8."""
+    (D, E), residual (S, D) -> (S, D), S <= 2."""
     _fit_thin("fuse_linear", attention, weight, attention_weight, residual)
     _fit_thin("fuse_linear", ssm, weight, ssm_weight, residual)
     op = twin("fuse_linear", attention)
@@ -286,7 +293,7 @@ def fuse_linear(
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """residual + F.linear(x, weight): x (S, F), weight (D, F) -> as residual (S, D), S <= 8."""
+    """residual + F.linear(x, weight): x (S, F), weight (D, F) -> as residual (S, D), S <= 2."""
     _fit_thin("linear_add", x, weight, residual=residual)
     return twin("linear_add", x)(x, weight, residual)
 

@@ -70,6 +70,7 @@ FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
     "conv_step": "step",
     "fuse_heads": "norm",
     "fuse_linear": "thin",
+    "linear": "thin",
     "linear_add": "thin",
     "linear_cross_entropy": "loss",
     "norm_linear": "thin",

@@ -1,8 +1,9 @@
 """Thin products: a few rows against a whole weight, with what stands before and behind it.
 
-A decode step of one to eight rows reads every weight of the model once and does little else, so
+A decode step of a row or two reads every weight of the model once and does little else, so
 what it costs is bytes and the number of kernels. Each op here is a product and its neighbours:
 
+    linear          F.linear(x, weight)
     norm_linear     F.linear(rms_norm(x), weight)
     norm_swiglu     swiglu of two such products
     fuse_linear     residual + F.linear(fuse_heads(attention, ssm), weight)
@@ -22,7 +23,13 @@ from torch import Tensor
 import hymba.ops.norm as norms
 from hymba.ops.swiglu import swiglu
 
-MOST_ROWS = 8  # beyond, matrix products of a library are as fast
+MOST_ROWS = 2  # beyond, matrix products of a library are faster
+
+
+@torch.no_grad()
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (S, D), weight (F, D) -> (S, F)."""
+    return F.linear(x, weight)
 
 
 @torch.no_grad()

@@ -20,9 +20,10 @@ from hymba.ops import thin
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 EPS = 1e-6
-NAMES = "norm_linear", "norm_swiglu", "fuse_linear", "linear_add"
-SMALL = [(1, 5, 3), (3, 37, 20), (8, 64, 48)]  # rows, outputs, columns
-LARGE = [(1, 8960, 1600), (4, 5504, 1600), (2, 1600, 5504), (3, 1600, 3200), (8, 32001, 1600)]
+NAMES = "linear", "norm_linear", "norm_swiglu", "fuse_linear", "linear_add"
+SMALL = [(1, 5, 3), (2, 37, 20)]  # rows, outputs, columns
+LARGE = [(1, 8960, 1600), (2, 5504, 1600), (2, 1600, 5504), (1, 1600, 3200), (2, 132, 3200)]
+LARGE += [(2, 32001, 1600)]
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def inputs(
 
 
 ARGS = {
+    "linear": ("x", "weight"),
     "norm_linear": ("x", "norm_weight", "eps", "weight"),
     "norm_swiglu": ("x", "norm_weight", "eps", "gate_weight", "up_weight"),
     "fuse_linear": (
@@ -77,6 +79,8 @@ def call(op: Callable[..., Tensor], name: str, given: dict[str, Any]) -> Tensor:
 
 def unfused(name: str, x: dict[str, Any]) -> Tensor:
     """As a block has them."""
+    if name == "linear":
+        return F.linear(x["x"], x["weight"])
     if name == "linear_add":
         return F.linear(x["x"], x["weight"]) + x["residual"]
     if name == "fuse_linear":
@@ -131,7 +135,7 @@ def test_roundings_are_those_of_the_plain_form(name: str, device: str) -> None:
 
     if device == "cpu":
         pytest.skip("the interpreter does not round")
-    given = inputs((8, 1600, 3200), torch.bfloat16, device)
+    given = inputs((2, 1600, 3200), torch.bfloat16, device)
     got = call(getattr(thin_triton, name), name, given)
     want = call(getattr(thin, name), name, given)
     # Plain swiglu rounds the gate alone too.
@@ -152,13 +156,15 @@ def test_operators_are_registered_as_they_are(name: str, device: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("features", [1, 1600, 5504, 32001])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("features", [1, 132, 1600, 5504, 32001])
 @pytest.mark.parametrize("columns", [16, 2048, 4096, 8192, 65536])
-def test_tiles(features: int, columns: int) -> None:
+def test_tiles(rows: int, features: int, columns: int) -> None:
     from hymba.ops.thin_triton import TILING, tile_of
 
-    outputs, warps = tile_of(features, columns, 1, TILING)
-    assert outputs >= 1 and outputs & (outputs - 1) == 0 and warps in (4, 8)
+    outputs, warps = tile_of(rows, features, columns, 1, TILING)
+    assert outputs >= 1 and outputs & (outputs - 1) == 0 and warps in (2, 4, 8)
+    assert outputs * columns <= max(columns, 256 * 32 * warps)
 
 
 def test_chained_kernels_wait(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +198,7 @@ def test_chained_kernels_wait(device: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_door() -> None:
     given = inputs((2, 6, 4))
     wrong = {
+        "linear": {"weight": given["weight"][:, :3], "x": torch.ones(3, 4)},
         "norm_linear": {"norm_weight": given["norm_weight"][:3], "x": torch.ones(9, 4)},
         "norm_swiglu": {"up_weight": given["up_weight"][:5]},
         "fuse_linear": {"ssm": given["ssm"][:1], "residual": given["residual"][:, :5]},
