@@ -87,7 +87,9 @@ class LLM:
         there, and the others go on. `after_step` is called between the engine's steps, where it
         may end the run with an exception."""
         source, running = enumerate(asked), dict[Request, tuple[int, Output]]()
-        waiting, most = self.engine.scheduler.waiting, max(1, self.engine.limits.queue)
+        # As many may wait as run: then no place is empty, and each step looks at few.
+        most = max(1, min(self.engine.limits.queue, self.engine.room.sequences))
+        waiting = self.engine.scheduler.waiting
         more = True
         try:
             while more or running:
@@ -116,7 +118,8 @@ class LLM:
     def _done(self, running: Mapping[Request, tuple[int, Output]]) -> list[Request]:
         """Take what was said to these, and tell who is done."""
         done = []
-        for request, (_, output) in running.items():
+        for request in [request for request in running if self._said[request]]:
+            _, output = running[request]
             for delta in self._take(request):
                 output.completions[delta.index].add(delta)
             if output.done:
