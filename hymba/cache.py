@@ -10,8 +10,8 @@ Keys are stored after rotary embedding, so the order of places does not matter: 
 position p lies in place p % (window + 1). A forward reads the cache as it was and commits what it
 computed at its end, so a chunk sees the old ring and itself, and consumers of shared K/V see what
 their producer saw. Only a decode step, one token a sequence, updates everything as it goes, in
-place: a copy would cost as much as the step. Because a sequence's state is small, branching, preemption and
-roll-back are a `snapshot` and a `restore`.
+place: a copy would cost as much as the step. Because a sequence's state is small, branching,
+preemption and roll-back are a `snapshot` and a `restore`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Held(NamedTuple):
     conv: Tensor | None = None  # (slots, K-1, E)
     ssm: Tensor | None = None  # (slots, E, n)
     slots: Tensor | None = None  # (S,) int64
-    A: Tensor | None = None  # (E, n) rates of the SSM, where somebody has them ready
+    # Constants of the weights, where somebody has them ready:
+    A: Tensor | None = None  # (E, n) rates of the SSM
+    gate_up: Tensor | None = None  # (2 F, D) weights of the MLP, as `MLP.pack` gives them
 
 
 class Snapshot(NamedTuple):

@@ -45,6 +45,9 @@ class Runner:
         )
         with torch.no_grad():  # constants of the weights, which an engine holds still
             self.rates = model.decoder.rates()
+            self.gate_up: list[Tensor | None] = [None] * len(self.rates)
+            if model.device.type == "cuda":
+                self.gate_up = model.decoder.pack()
         self._captured: dict[int, Captured] = {}  # by rows
         self._pool: Any = None
         self._slots: tuple[tuple[int, ...], Tensor] = (), self.last[:0]
@@ -91,7 +94,8 @@ class Runner:
     def _step(self, slots: Tensor) -> Spoken:
         tokens, lengths = self.last[slots], self.lengths[slots]
         layers = held(self.store, slots, lengths)
-        layers = [now._replace(A=A) for now, A in zip(layers, self.rates, strict=True)]
+        ready = zip(layers, self.rates, self.gate_up, strict=True)
+        layers = [now._replace(A=A, gate_up=both) for now, A, both in ready]
         logits = self.model.step(tokens, lengths, layers)
         likeliest = logits.argmax(-1)
         self.last[slots] = likeliest

@@ -99,6 +99,12 @@ class Decoder(nn.Module):
         ssms = (block.mixer.ssm for block in self._each())
         return [None if ssm is None else ssm.rates(self.final_norm.weight.dtype) for ssm in ssms]
 
+    def pack(self) -> list[Tensor | None]:
+        """`MLP.pack` of every layer (`Held.gate_up`); None where its projections are more than
+        their weights."""
+        mlps = (block.mlp if block.is_bare() else None for block in self._each())
+        return [None if mlp is None else mlp.pack() for mlp in mlps]
+
     def _each(self) -> Iterator[Block]:
         return iter(self.layers)  # type: ignore[arg-type]
 

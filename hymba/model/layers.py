@@ -41,9 +41,24 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.inner(x))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., width), before the way down."""
         if self.gate_proj is None:
-            return self.down_proj(F.relu(self.up_proj(x)).square())
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+            return F.relu(self.up_proj(x)).square()
+        return ops.swiglu(self.gate_proj(x), self.up_proj(x))
+
+    @torch.no_grad()
+    def pack(self) -> Tensor | None:
+        """Lay the weights of gate and up one behind the other in memory: they stay what they are,
+        and one product can read both. -> both (2 width, D), None without a gate."""
+        if self.gate_proj is None:
+            return None
+        gate, up = self.gate_proj.weight, self.up_proj.weight
+        both = torch.cat([gate, up])
+        gate.data, up.data = both.chunk(2)
+        return both
 
 
 def rope_tables(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
