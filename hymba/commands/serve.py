@@ -6,7 +6,8 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from hymba.errors import UserError
 if TYPE_CHECKING:
     from hymba.engine.llm import LLM
     from hymba.server import Settings
+    from hymba.server.replicas import Share
 
 EXAMPLES = (
     "runs/demo/hymba",
@@ -75,7 +77,10 @@ class Options:
     dtype: str | None = None
     """float32, bfloat16, ...; without it the checkpoint's own."""
     threads: int = 0
-    """CPU threads (0: half the cores)."""
+    """CPU threads (0: half the cores), of all replicas together."""
+    replicas: int = 1
+    """Models served at once behind the one address, by Ray: each has a GPU of its own, or a part of
+    the CPU threads, and one that dies is replaced."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,10 +95,22 @@ def main(argv: Sequence[str]) -> int:
 
     bound = bind(options.host, options.port)  # before the model, whose loading takes long
     choose_threads(options.threads)
-    llm, settings = _open(options)
     port = bound.getsockname()[1]
-    app = create_app(llm, settings)
-    run(app, bound, options.grace, lambda: _tell(options.host, port, settings))
+
+    def started() -> None:
+        _tell(options.host, port, settings)
+
+    if options.replicas > 1:
+        from hymba.server.front import create_front
+        from hymba.server.replicas import running
+
+        options = replace(options, api_key=_api_key(options))  # theirs may be another machine
+        settings, share = _settings(options), _share(options)
+        with running(partial(_open_replica, options, share), share, f"hymba-{port}") as fleet:
+            run(create_front(fleet, settings), bound, options.grace, started)
+    else:
+        llm, settings = _open(options)
+        run(create_app(llm, settings), bound, options.grace, started)
     return 0
 
 
@@ -104,6 +121,12 @@ def _check(options: Options) -> None:
     for name in ("port", "grace", "cache_mb", "max_prompt_tokens", "threads"):
         if not getattr(options, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more")
+    if not options.replicas >= 1:
+        raise UserError("--replicas must be 1 or more")
+    if options.replicas > 1 and (options.device or "cpu") not in ("cpu", "cuda"):
+        raise UserError("--replicas are placed by Ray: --device is cpu or cuda")
+    if options.queue < 1:
+        raise UserError("--queue must be 1 or more: every request waits for the next step")
     if options.port > 65535:
         raise UserError(f"--port must be at most 65535, got {options.port}")
     if options.api_key == "":
@@ -114,9 +137,7 @@ def _open(options: Options) -> tuple[LLM, Settings]:
     from hymba.engine.limits import Limits
     from hymba.engine.llm import LLM
     from hymba.hub import find
-    from hymba.server.settings import Settings, defaults_of, eos_of
 
-    folder = find(options.model)
     limits = Limits(
         max_sequences=options.max_sequences,
         max_tokens=options.max_tokens,
@@ -124,11 +145,45 @@ def _open(options: Options) -> tuple[LLM, Settings]:
         cache_bytes=options.cache_mb * MEGABYTE,
         queue=options.queue,
     )
+    folder = find(options.model)
     llm = LLM(folder, device=options.device, dtype=options.dtype, limits=limits)
-    generation = _generation_config(folder)
-    settings = Settings(
+    return llm, _settings(options)
+
+
+def _open_replica(options: Options, share: Share) -> tuple[LLM, Settings]:
+    """In a replica's process: its share of the machine."""
+    from hymba.engine.limits import HOST_SHARE, _host_memory
+
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if not options.cache_mb and not share.gpus:
+        most = int(HOST_SHARE * _host_memory()) // options.replicas
+        options = replace(options, cache_mb=max(1, most // MEGABYTE))
+    if not share.gpus:
+        choose_threads(share.cpus)
+    return _open(options)
+
+
+def _share(options: Options) -> Share:
+    """A GPU for each replica, or a part of the CPU threads."""
+    import torch
+
+    from hymba.server.replicas import Share
+
+    if options.device != "cpu" and (options.device or torch.cuda.is_available()):
+        return Share(options.replicas, gpus=1, cpus=1)
+    return Share(options.replicas, cpus=max(1, torch.get_num_threads() // options.replicas))
+
+
+def _settings(options: Options) -> Settings:
+    from hymba.hub import find
+    from hymba.server.settings import Settings, defaults_of, eos_of
+
+    generation = _generation_config(find(options.model))
+    return Settings(
         model=options.name or _name(options.model),
-        api_key=options.api_key or os.environ.get("HYMBA_API_KEY") or None,
+        api_key=_api_key(options),
         cors_origins=options.cors,
         max_body_bytes=int(options.max_body_mb * MEGABYTE),
         max_prompt_tokens=options.max_prompt_tokens or None,
@@ -136,7 +191,10 @@ def _open(options: Options) -> tuple[LLM, Settings]:
         eos_ids=eos_of(generation),
         defaults=defaults_of(generation),
     )
-    return llm, settings
+
+
+def _api_key(options: Options) -> str | None:
+    return options.api_key or os.environ.get("HYMBA_API_KEY") or None
 
 
 def _name(model: str) -> str:

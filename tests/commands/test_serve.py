@@ -139,6 +139,7 @@ def test_mistakes_are_one_line(
         for arguments, said in (
             ([str(folder), "--port", port], f"port {port}"),
             ([str(folder), "--port", "99999"], "99999"),
+            ([str(folder), "--queue", "0"], "--queue must be 1"),
             ([str(folder), "--timeout", "0"], "--timeout must be over 0"),
             ([str(folder), "--api-key", ""], "--api-key is empty"),
             ([str(folder), "--max-tokens", "-1"], "max_tokens must be"),
