@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -113,11 +114,15 @@ def main(argv: Sequence[str]) -> int:
     sampling = _sampling(options)
     if options.file is None:
         return _answer_prompts(_open(options, len(prompts) * options.n), prompts, sampling)
-    questions = Questions(options.file, sampling)
-    answers = Answers(options.out, options.file)
     path = Path(options.model)
     name = path.resolve().name if path.is_dir() else options.model
-    return Job(questions, answers).run(_open(options), name, options.overwrite)
+    with (
+        closing(Questions(options.file, sampling)) as questions,
+        closing(
+            Answers(options.out, options.file)
+        ) as answers,  # before the model, which takes long
+    ):
+        return Job(questions, answers).run(_open(options), name, options.overwrite)
 
 
 def _check(options: Options) -> None:

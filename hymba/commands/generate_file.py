@@ -148,6 +148,10 @@ class Answers:
         self._answered: dict[int, int] = {}  # id: what was asked
         self._mistakes: set[int] = set()
 
+    def close(self) -> None:
+        if self._file is not sys.stdout.buffer:
+            self._file.close()
+
     @property
     def known(self) -> bool:
         """Whether anything is answered already."""

@@ -56,6 +56,10 @@ class Questions:
         self._text = Path(name).suffix.lower() == ".txt"
         self._settings = {field.name: field.default for field in fields(sampling)}
 
+    def close(self) -> None:
+        if self.again:
+            self._file.close()
+
     def count(self) -> int:
         """How many there are."""
         return sum(1 for _ in self._lines())

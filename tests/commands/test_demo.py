@@ -89,7 +89,7 @@ def test_generate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--top-p", "2"], "top_p"),
         (["x", "--dtype", "float3"], "dtype"),
         (["x", "--device", "toaster"], "device"),
-        (["x " * 20000], "positions"),
+        (["x " * 20000], "tokens"),
     ],
 )
 def test_generate_refuses(

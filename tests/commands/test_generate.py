@@ -127,6 +127,29 @@ def test_one_prompt_streams(run: Run, folder: Path, monkeypatch: pytest.MonkeyPa
     assert re.fullmatch(r"6 tokens, [\d.]+ tok/s, cpu\n", ran.err)
 
 
+@pytest.mark.parametrize("prompts", [["to be"], ["to be", "or"]])
+def test_ctrl_c_is_heard_between_steps(
+    run: Run, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in the middle of a step would leave the engine half done."""
+    from hymba.engine import Engine
+
+    step, inside = Engine.step, [0, 0]
+
+    def interrupted(self: Any) -> Any:
+        inside[0] += 1
+        if inside[0] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        found = step(self)
+        inside[1] += 1
+        return found
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    ran = run(*prompts, "--max-tokens", "500")
+    assert ran.code == 130 and ran.err == "hymba: interrupted\n"
+    assert inside == [4, 4]
+
+
 def test_several_prompts_run_together_in_their_order(run: Run, folder: Path) -> None:
     prompts = [f"to be {i}" for i in range(20)]
     ran = run(*prompts)
@@ -368,6 +391,23 @@ def test_text_files_have_a_prompt_a_line(run: Run, folder: Path, tmp_path: Path)
     assert {line["id"]: line["text"] for line in ran.lines} == dict(
         zip((1, 3, 4), texts, strict=True)
     )
+
+
+def test_a_model_without_a_tokenizer_takes_ids(
+    job: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    from hymba.engine import LLM
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / name).read_bytes())
+    asked = [{"ids": [5, 6]}, {"prompt": "to be"}, {"ids": [5], "stop": "a"}]
+    ran = job([*asked, {"messages": [{"role": "user", "content": "x"}]}], model=bare)
+    found = {line["id"]: line for line in ran.lines}
+    [output] = LLM(bare, "cpu").generate([[5, 6]])
+    assert ran.code == 3 and found[1]["ids"] == output.tokens[:6] and found[1]["text"] == ""
+    assert all("tokenizer" in found[number]["error"] for number in (2, 3, 4))
 
 
 def test_standard_input_to_standard_output(run: Run, folder: Path) -> None:
