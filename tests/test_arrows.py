@@ -48,6 +48,7 @@ MODEL_CLASS = re.compile(
 ONLY_IN = {
     "triton": re.compile(r"_triton\.py$"),
     "cuda": re.compile(r"_cuda\.py$"),
+    "ray": re.compile(r"^server/replicas\.py$"),
     "lm_eval": re.compile(r"^eval/harness\.py$"),
     **dict.fromkeys(
         ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"),

@@ -68,7 +68,7 @@ def create_app(llm: LLM, settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         lifespan=server.lifespan,
     )
-    app.state.service = server.service
+    app.state.server, app.state.service = server, server.service
     _add_routes(app, server)
     errors.install(app)
     count = server.metrics.http.labels

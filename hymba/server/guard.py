@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable
+from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hymba.engine.service import Service
+from hymba.engine.service import State
 from hymba.server.errors import ApiError
 from hymba.server.settings import Settings
 
@@ -22,9 +23,13 @@ OPEN_FOLDER = "/page/"
 ANSWERED_WHILE_DRAINING = (*OPEN, "/metrics")
 
 
+class Stateful(Protocol):
+    state: State
+
+
 class Guard:
     def __init__(
-        self, app: ASGIApp, settings: Settings, service: Service, count: Callable[[str, int], None]
+        self, app: ASGIApp, settings: Settings, service: Stateful, count: Callable[[str, int], None]
     ) -> None:
         self._app, self._settings, self._service, self._count = app, settings, service, count
 

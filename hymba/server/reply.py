@@ -56,16 +56,7 @@ class Reply(Response):
         self._begun = False  # whether the status is out
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = asyncio.create_task(self._answer(scope, receive, send))
-        gone = asyncio.create_task(_gone(receive))
-        try:
-            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                answer.result()
-        finally:
-            for task in (answer, gone):
-                task.cancel()
-            await asyncio.gather(answer, gone, return_exceptions=True)
+        await until_gone(asyncio.create_task(self._answer(scope, receive, send)), receive)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         call, watch = self._call, self._metrics.watch()
@@ -92,7 +83,7 @@ class Reply(Response):
             if not self._begun:
                 await problem.response()(scope, receive, send)
             else:
-                await send(_body(_event(problem.body), more=False))
+                await send(_body(event(problem.body), more=False))
 
     async def _collect(self, stream: Stream, watch: Watch) -> list[Completion]:
         said = self._silence()
@@ -113,10 +104,10 @@ class Reply(Response):
                 watch.saw(index, part)
                 said[index].tokens += part.tokens
                 chunk = self._writer.chunk(index, part)
-                events += [] if chunk is None else [_event(chunk)]
+                events += [] if chunk is None else [event(chunk)]
             if events:
                 await send(_body(b"".join(events)))
-        last = [_event(self._writer.last(self._usage(stream, said)))] if self._call.usage else []
+        last = [event(self._writer.last(self._usage(stream, said)))] if self._call.usage else []
         await send(_body(b"".join([*last, b"data: [DONE]\n\n"]), more=False))
 
     def _silence(self) -> list[Completion]:
@@ -144,6 +135,19 @@ class Reply(Response):
         )
 
 
+async def until_gone(answer: asyncio.Task[None], receive: Receive) -> None:
+    """Wait for the answer; cancel it where the client goes first, or whoever waits here."""
+    gone = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            answer.result()
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -169,7 +173,7 @@ def _join(said: Completion, part: Completion) -> None:
     said.finish = part.finish
 
 
-def _event(content: BaseModel) -> bytes:
+def event(content: BaseModel) -> bytes:
     return b"data: " + content.model_dump_json().encode() + b"\n\n"
 
 

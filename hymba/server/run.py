@@ -13,11 +13,11 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
 
-from hymba.engine.service import Service
 from hymba.errors import UserError
 
 log = logging.getLogger("hymba.server")
@@ -55,9 +55,17 @@ def run(app: FastAPI, bound: socket.socket, grace: float, started: Callable[[], 
     _Server(config, app.state.service, grace, started).run(sockets=[bound])
 
 
+class Drained(Protocol):
+    """A `Service`, or the front of several."""
+
+    async def drain(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 class _Server(uvicorn.Server):
     def __init__(
-        self, config: uvicorn.Config, service: Service, grace: float, started: Callable[[], None]
+        self, config: uvicorn.Config, service: Drained, grace: float, started: Callable[[], None]
     ) -> None:
         super().__init__(config)
         self._service, self._grace, self._started = service, grace, started

@@ -148,6 +148,16 @@ class Health(BaseModel):
     status: State
 
 
+class Replicas(BaseModel):
+    wanted: int
+    ready: int
+    names: list[str]  # of the ready ones; /metrics and the header x-hymba-replica have them too
+
+
+class FleetHealth(Health):
+    replicas: Replicas
+
+
 class Live(BaseModel):
     """For the page: what the engine does just now."""
 
@@ -165,3 +175,9 @@ class Live(BaseModel):
     prefix_hit_tokens: int
     prompt_tokens: int
     generated_tokens: int
+
+
+class FleetLive(Live):
+    """The sums over all replicas."""
+
+    replicas: Replicas
