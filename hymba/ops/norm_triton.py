@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import dense_last, launch, operator
+from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.chain_triton import wait
 from hymba.ops.partials_triton import add_up, processors
 
 
@@ -99,10 +100,13 @@ def through_norm(x, g, eps, D: tl.constexpr):
 def _rms_norm_kernel(
     x, added, weight, out, total, rows, stride, added_stride, eps,
     ADD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     there = (row < rows) & (column < D)
+    w = tl.load(weight + column, mask=column < D, other=0.0)
+    wait(CHAINED)
     v = tl.load(x + row * stride + column, mask=there, other=0.0).to(tl.float32)
     kind = x.dtype.element_ty
     if ADD:
@@ -110,8 +114,8 @@ def _rms_norm_kernel(
         kind = total.dtype.element_ty
         tl.store(total + row * D + column, v.to(kind), mask=there)
         v = v.to(kind).to(tl.float32)
-    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
-    tl.store(out + row * D + column, normed(v, eps, D).to(kind).to(tl.float32) * w, mask=there)
+    v = normed(v, eps, D).to(kind).to(tl.float32)
+    tl.store(out + row * D + column, v * w.to(tl.float32), mask=there)
 
 
 @triton.jit
@@ -144,17 +148,19 @@ def _rms_norm_backward_kernel(
 @triton.jit
 def _fuse_kernel(
     a, b, a_weight, b_weight, out, rows, a_stride, b_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     there = (row < rows) & (column < D)
+    wa = tl.load(a_weight + column, mask=column < D, other=0.0)
+    wb = tl.load(b_weight + column, mask=column < D, other=0.0)
+    wait(CHAINED)
     va = tl.load(a + row * a_stride + column, mask=there, other=0.0).to(tl.float32)
     vb = tl.load(b + row * b_stride + column, mask=there, other=0.0).to(tl.float32)
-    wa = tl.load(a_weight + column, mask=column < D, other=0.0).to(tl.float32)
-    wb = tl.load(b_weight + column, mask=column < D, other=0.0).to(tl.float32)
     # Every product and the sum are rounded, as in the plain op; halving is exact.
     kind = out.dtype.element_ty
+    wa, wb = wa.to(tl.float32), wb.to(tl.float32)
     va = (normed(va, eps, D).to(a.dtype.element_ty).to(tl.float32) * wa).to(kind).to(tl.float32)
     vb = (normed(vb, eps, D).to(b.dtype.element_ty).to(tl.float32) * wb).to(kind).to(tl.float32)
     tl.store(out + row * D + column, (va + vb).to(kind).to(tl.float32) * 0.5, mask=there)
@@ -245,7 +251,8 @@ def _norm_rows(
         _rms_norm_kernel, (triton.cdiv(len(rows), tile.rows),), rows, more,
         weight.contiguous(), out,
         out if total is None else total, len(rows), rows.stride(0), more.stride(0), eps,
-        ADD=added is not None, D=D, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        ADD=added is not None, D=D, ROWS=tile.rows, COLUMNS=tile.columns,
+        CHAINED=chains(rows, len(rows)), num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -334,7 +341,8 @@ def _fuse_heads(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: f
     launch(
         _fuse_kernel, (triton.cdiv(len(rows), tile.rows),), rows, others, a_weight.contiguous(),
         b_weight.contiguous(), out, len(rows), rows.stride(0), others.stride(0), eps,
-        D=D, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        D=D, ROWS=tile.rows, COLUMNS=tile.columns, CHAINED=chains(rows, len(rows)),
+        num_warps=tile.warps,
         enable_fp_fusion=False,  # a product fused with the sum is not rounded
     )  # fmt: skip
     return out

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import dense_last, launch, operator
+from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.chain_triton import wait
 
 BLOCK, WARPS = 1024, 4  # pairs of a program
 
@@ -22,8 +23,10 @@ BLOCK, WARPS = 1024, 4  # pairs of a program
 def _rotate_kernel(
     x, cos, sin, out, items, heads, row_stride, head_stride, cos_stride, sin_stride,
     BACK: tl.constexpr, HALF: tl.constexpr, ITEMS: tl.constexpr, PAIRS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """An item is one head of one row."""
+    wait(CHAINED)
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     row = (item // heads).to(tl.int64)
     pair = tl.arange(0, PAIRS)[None, :]
@@ -57,7 +60,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     launch(
         _rotate_kernel, (triton.cdiv(rows * heads, each),), x, cos, sin, out, rows * heads, heads,
         x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
-        BACK=back, HALF=width // 2, ITEMS=each, PAIRS=pairs, num_warps=WARPS,
+        BACK=back, HALF=width // 2, ITEMS=each, PAIRS=pairs, CHAINED=chains(x, rows),
+        num_warps=WARPS,
     )  # fmt: skip
     return out
 

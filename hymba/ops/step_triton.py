@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import dense_last, launch, operator
+from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.chain_triton import wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -30,9 +31,12 @@ CONV_TILE = 8, 128, 4
 STATE_TILE = 1, 128, 4
 
 
+FEW_ROWS = 32  # as many programs as run at once, in `ssm_step`
+
+
 def ssm_tile(rows: int) -> tuple[int, int, int]:
     """Many rows at once share what is computed for channels, few leave more programs."""
-    return (4, 8, 1) if rows <= 32 else (8, 8, 1)
+    return (4, 8, 1) if rows <= FEW_ROWS else (8, 8, 1)
 
 
 @triton.jit
@@ -61,28 +65,26 @@ def _conv_step_kernel(
     x, weight, bias, state, slots, out, S, E,
     stride_x, stride_s, stride_sk, STRIDE_WE: tl.constexpr, STRIDE_WK: tl.constexpr,
     TAPS: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Tiles are (rows, taps, channels); the last tap is the new input, the others are state."""
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
-    row, slot = row[:, None, None], slot[:, None, None]
     e = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, None, :]
     tap = tl.arange(0, BLOCK_K)[None, :, None]
-    inside = (row < S) & (e < E)
-    # What does not wait for `slots` is asked for first.
-    w = tl.load(
-        weight + e * STRIDE_WE + tap * STRIDE_WK, mask=(e < E) & (tap < TAPS), other=0.0
-    ).to(tl.float32)  # fmt: skip
-    new = tl.load(x + row * stride_x + e, mask=inside, other=0.0)  # (rows, 1, channels)
+    w = tl.load(weight + e * STRIDE_WE + tap * STRIDE_WK, mask=(e < E) & (tap < TAPS), other=0.0)
     if BIAS:
-        acc = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
+        acc = tl.load(bias + e, mask=e < E, other=0.0)
     else:
         acc = tl.zeros([1, 1, BLOCK], tl.float32)
+    wait(CHAINED)
+    slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
+    row, slot = row[:, None, None], slot[:, None, None]
+    inside = (row < S) & (e < E)
+    new = tl.load(x + row * stride_x + e, mask=inside, other=0.0)  # (rows, 1, channels)
     at = state + slot * stride_s + tap * stride_sk + e
     old = tl.load(at, mask=inside & (tap < TAPS - 1), other=0.0).to(x.dtype.element_ty)
     inputs = tl.where(tap == TAPS - 1, new.to(tl.float32), old.to(tl.float32))
-    acc += tl.sum(inputs * w, 1)[:, None, :]
+    acc = acc.to(tl.float32) + tl.sum(inputs * w.to(tl.float32), 1)[:, None, :]
     moved = inside & (tap > 0) & (tap < TAPS)
     tl.debug_barrier()  # one thread's input is stored where another's was
     tl.store(at - stride_sk, inputs.to(state.dtype.element_ty), mask=moved)
@@ -95,7 +97,7 @@ def _norm_rows(x, weight, WIDTH, eps, dtype: tl.constexpr):
     it, as `rms_norm` does."""
     scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
     normed = (x * scale[:, None]).to(dtype).to(tl.float32)
-    return (normed * weight[None, :]).to(dtype).to(tl.float32)
+    return (normed * weight.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -106,7 +108,8 @@ def _load_rows(x, row, column, stride, mask):
 
 @triton.jit
 def _load_vector(x, i, WIDTH):
-    return tl.load(x + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    """As it is: to convert it would be to wait for it."""
+    return tl.load(x + i, mask=i < WIDTH, other=0.0)
 
 
 @triton.jit
@@ -116,13 +119,22 @@ def _load_decays(A, e, n, E, STATES: tl.constexpr):
 
 
 @triton.jit
+def _load_states(state, slots, row, e, n, S, mask, stride_s, STATES: tl.constexpr):
+    """States (rows, channels, n), where they lie, and which there are."""
+    slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
+    at = state + slot[:, None, None] * stride_s + (e[:, None] * STATES + n[None, :])[None, :, :]
+    mask_h = mask[:, :, None] & (n < STATES)[None, None, :]
+    return tl.load(at, mask=mask_h, other=0.0), at, mask_h
+
+
+@triton.jit
 def _advance(h, x, dt, A, B, C, D, z):
     """One step of states h (rows, channels, n) -> those after it, and the gated output; x, dt and
-    z (rows, channels), A (channels, n), B and C (rows, n), D (channels), all in float32."""
+    z (rows, channels), A (channels, n), B and C (rows, n), D (channels)."""
     delta = _softplus(dt)
     h *= tl.exp2(delta[:, :, None] * (A * LOG2E)[None, :, :])
     h += (delta * x)[:, :, None] * B[:, None, :]
-    out = tl.sum(h * C[:, None, :], 2) + x * D[None, :]
+    out = tl.sum(h * C[:, None, :], 2) + x * D.to(tl.float32)[None, :]
     return h, out * z * _sigmoid(z)
 
 
@@ -131,26 +143,37 @@ def _state_step_kernel(
     u, dt, A, B, C, D, z, dt_bias, state, slots, y,
     S, E, stride_u, stride_dt, stride_B, stride_C, stride_z, stride_s,
     STATES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, BLOCK_N)
-    slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
+    bias, skip = _load_vector(dt_bias, e, E), _load_vector(D, e, E)
+    wait(CHAINED)
     mask = (row < S)[:, None] & (e < E)[None, :]
     mask_n = (row < S)[:, None] & (n < STATES)[None, :]
+    h, at, mask_h = _load_states(state, slots, row, e, n, S, mask, stride_s, STATES)
     b = _load_rows(B, row, n, stride_B, mask_n)
     c = _load_rows(C, row, n, stride_C, mask_n)
     step = _load_rows(dt, row, e, stride_dt, mask)
     x = _load_rows(u, row, e, stride_u, mask)
     gate = _load_rows(z, row, e, stride_z, mask)
-    bias, skip = _load_vector(dt_bias, e, E), _load_vector(D, e, E)
     a = _load_decays(A, e, n, E, STATES)
-    at = state + slot[:, None, None] * stride_s + (e[:, None] * STATES + n[None, :])[None, :, :]
-    mask_h = mask[:, :, None] & (n < STATES)[None, None, :]
-    h = tl.load(at, mask=mask_h, other=0.0).to(tl.float32)
-    h, out = _advance(h, x, step + bias[None, :], a, b, c, skip, gate)
+    h, out = _advance(h.to(tl.float32), x, step + bias.to(tl.float32)[None, :], a, b, c, skip, gate)
     tl.store(at, h.to(state.dtype.element_ty), mask=mask_h)
     tl.store(y + row[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_weights(
+    dt_weight, dt_norm, B_norm, C_norm, dt_bias, D, e, r, n, E,
+    STRIDE_W: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    mask = (e < E)[:, None] & (r < RANK)[None, :]
+    w = tl.load(dt_weight + e[:, None] * STRIDE_W + r[None, :], mask=mask, other=0.0)
+    norm = _load_vector(dt_norm, r, RANK)
+    norm_b, norm_c = _load_vector(B_norm, n, STATES), _load_vector(C_norm, n, STATES)
+    return w, norm, norm_b, norm_c, _load_vector(dt_bias, e, E), _load_vector(D, e, E)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -159,37 +182,40 @@ def _ssm_step_kernel(
     S, E, stride_u, stride_z, stride_s, eps,
     STRIDE_LOW: tl.constexpr, STRIDE_W: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr,
+    DOT: tl.constexpr, EARLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    slot = tl.load(slots + row, mask=row < S, other=0).to(tl.int64)
     mask = (row < S)[:, None] & (e < E)[None, :]
     mask_r = (row < S)[:, None] & (r < RANK)[None, :]
     mask_n = (row < S)[:, None] & (n < STATES)[None, :]
-    at = state + slot[:, None, None] * stride_s + (e[:, None] * STATES + n[None, :])[None, :, :]
-    mask_h = mask[:, :, None] & (n < STATES)[None, None, :]
-    h = tl.load(at, mask=mask_h, other=0.0).to(tl.float32)
+    if EARLY:  # weights while others end; else states first, which come from farther
+        w, weight_dt, weight_b, weight_c, bias, skip = _load_weights(
+            dt_weight, dt_norm, B_norm, C_norm, dt_bias, D, e, r, n, E, STRIDE_W, RANK, STATES
+        )
+        wait(CHAINED)
+        h, at, mask_h = _load_states(state, slots, row, e, n, S, mask, stride_s, STATES)
+    else:
+        wait(CHAINED)
+        h, at, mask_h = _load_states(state, slots, row, e, n, S, mask, stride_s, STATES)
+        w, weight_dt, weight_b, weight_c, bias, skip = _load_weights(
+            dt_weight, dt_norm, B_norm, C_norm, dt_bias, D, e, r, n, E, STRIDE_W, RANK, STATES
+        )
     thin = _load_rows(low, row, r, STRIDE_LOW, mask_r)
     b = _load_rows(low + RANK, row, n, STRIDE_LOW, mask_n)
     c = _load_rows(low + RANK + STATES, row, n, STRIDE_LOW, mask_n)
-    weight_dt = _load_vector(dt_norm, r, RANK)
-    weight_b, weight_c = _load_vector(B_norm, n, STATES), _load_vector(C_norm, n, STATES)
-    mask_w = (e < E)[:, None] & (r < RANK)[None, :]
-    w = tl.load(dt_weight + e[:, None] * STRIDE_W + r[None, :], mask=mask_w, other=0.0).to(DOT)
     x = _load_rows(u, row, e, stride_u, mask)
     gate = _load_rows(z, row, e, stride_z, mask)
-    bias, skip = _load_vector(dt_bias, e, E), _load_vector(D, e, E)
     a = _load_decays(A, e, n, E, STATES)
 
     NARROW: tl.constexpr = low.dtype.element_ty
     thin = _norm_rows(thin, weight_dt, RANK, eps, NARROW)
     b = _norm_rows(b, weight_b, STATES, eps, NARROW)
     c = _norm_rows(c, weight_c, STATES, eps, NARROW)
-    dt = tl.dot(thin.to(DOT), tl.trans(w), input_precision="ieee")  # (rows, channels)
+    dt = tl.dot(thin.to(DOT), tl.trans(w.to(DOT)), input_precision="ieee")  # (rows, channels)
     dt = dt.to(NARROW).to(tl.float32)
-    h, out = _advance(h, x, dt + bias[None, :], a, b, c, skip, gate)
+    h, out = _advance(h.to(tl.float32), x, dt + bias.to(tl.float32)[None, :], a, b, c, skip, gate)
     tl.store(at, h.to(state.dtype.element_ty), mask=mask_h)
     tl.store(y + row[:, None] * E + e[None, :], out.to(y.dtype.element_ty), mask=mask)
 
@@ -210,7 +236,9 @@ def _rope_and_store_kernel(
     stride_sk, stride_skg, stride_skp, stride_sv, stride_svg, stride_svp,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, WIDTH_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    wait(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, BLOCK_P)
     there = pair < HALF
@@ -276,7 +304,8 @@ def conv_step(
         x, weight, weight if bias is None else bias, state, slots, out, rows, channels,
         x.stride(0), *state.stride()[:2],
         STRIDE_WE=weight.stride(0), STRIDE_WK=weight.stride(1), TAPS=weight.shape[1],
-        BIAS=bias is not None, BLOCK_K=triton.next_power_of_2(weight.shape[1]), **cut,
+        BIAS=bias is not None, BLOCK_K=triton.next_power_of_2(weight.shape[1]),
+        CHAINED=chains(x, rows), **cut,
     )  # fmt: skip
     return out
 
@@ -311,7 +340,8 @@ def state_step(
         _state_step_kernel, grid,
         u, dt, A.contiguous(), B, C, D, z, dt_bias, state, slots, y, rows, channels,
         u.stride(0), dt.stride(0), B.stride(0), C.stride(0), z.stride(0), state.stride(0),
-        STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]), **cut,
+        STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]),
+        CHAINED=chains(u, rows), **cut,
     )  # fmt: skip
     return y
 
@@ -353,7 +383,7 @@ def ssm_step(
         STRIDE_LOW=low.stride(0), STRIDE_W=dt_weight.stride(0),
         RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]),
-        DOT=dot_type(low), **cut,
+        DOT=dot_type(low), EARLY=rows <= FEW_ROWS, CHAINED=chains(u, rows), **cut,
     )  # fmt: skip
     return y
 
@@ -404,7 +434,7 @@ def rope_operator(
         HEADS=heads, GROUPS=groups, HALF=width // 2, WIDTH_V=value_width,
         BLOCK_H=triton.next_power_of_2(heads), BLOCK_G=triton.next_power_of_2(max(1, groups)),
         BLOCK_P=triton.next_power_of_2(width // 2), BLOCK_V=triton.next_power_of_2(value_width),
-        num_warps=4,
+        CHAINED=chains(q, rows), num_warps=4,
     )  # fmt: skip
     return q_out, k_out
 

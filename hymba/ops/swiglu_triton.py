@@ -14,13 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import dense_last, launch, operator
+from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.chain_triton import wait
 
 BLOCK, WARPS = 2048, 4  # elements of a program
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, out, columns, gate_stride, up_stride, BLOCK: tl.constexpr):
+def _swiglu_kernel(
+    gate, up, out, columns, gate_stride, up_stride, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+):
+    wait(CHAINED)
     blocks = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -70,7 +74,10 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if gate.numel():
         g, u = _views(gate, up)
         strides = g.stride(0), u.stride(0)
-        launch(_swiglu_kernel, _grid(g), g, u, out, g.shape[1], *strides, BLOCK, num_warps=WARPS)
+        launch(
+            _swiglu_kernel, _grid(g), g, u, out, g.shape[1], *strides, BLOCK,
+            CHAINED=chains(g, gate.numel() // gate.shape[-1]), num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 
