@@ -352,6 +352,15 @@ def test_a_batch_that_does_not_fit_the_cache(exact: LanguageModel, text: Text) -
     assert_bits(cache.snapshot(0), before)
 
 
+def test_a_step_leaves_the_embeddings_it_was_given(exact: LanguageModel, text: Text) -> None:
+    (tokens,) = text([9])
+    rows = exact.decoder.embed_tokens(tokens).detach()
+    cache, before = exact.new_cache(1), rows.clone()
+    for index in range(9):
+        exact(rows[index : index + 1], Batch.of([1], [index]), cache)
+    assert torch.equal(rows, before)
+
+
 def test_batch_of() -> None:
     batch = Batch.of([2, 3], past=[4, 0], slots=[7, 1])
     assert batch.positions.tolist() == [4, 5, 0, 1, 2]

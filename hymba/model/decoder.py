@@ -87,7 +87,7 @@ class Decoder(nn.Module):
 
         The same numbers as `forward` with segments of one row, told on the device: nothing here
         waits for the host, so a CUDA graph can hold it."""
-        x = self.embed(rows)
+        x = rows.clone() if rows.is_floating_point() else self.embed(rows)  # blocks use it up
         positions = lengths + self.config.meta_tokens
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_base)
         for block, now in zip(self._each(), layers, strict=True):

@@ -187,14 +187,14 @@ class Block(nn.Module):
         return self.add(x, out), left
 
     def step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
-        """`forward` for a decode step: x (S, D), one new token of each sequence."""
+        """`forward` for a decode step: x (S, D), one new token of each sequence. x is used up."""
         mixer, bare = self.mixer, self.is_bare()
         if bare and len(x) <= ops.THIN_ROWS:
             return self.thin_step(x, rope, now)
         outs = mixer.step(mixer.in_proj(self.input_norm(x)), rope, now)
         if not bare:
             return self.add(x, mixer.out_proj(mixer.fuse(outs)))
-        x = torch.addmm(x, mixer.fuse(outs), mixer.out_proj.weight.T)
+        x.addmm_(mixer.fuse(outs), mixer.out_proj.weight.T)  # in place: else x is copied first
         if self.mlp is None or self.mlp_norm is None:
             return x
         normed = self.mlp_norm(x)
@@ -202,7 +202,7 @@ class Block(nn.Module):
             inner = self.mlp.inner(normed)
         else:
             inner = ops.swiglu(*(normed @ now.gate_up.T).chunk(2, dim=-1))
-        return torch.addmm(x, inner, self.mlp.down_proj.weight.T)
+        return x.addmm_(inner, self.mlp.down_proj.weight.T)
 
     def thin_step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
         """`step` for a few rows: five products with their neighbours, five readings of weights."""
