@@ -17,7 +17,6 @@ from typing import Any
 
 PIECE = 256  # characters: texts are told apart by as many at once
 KEPT = 50_000  # beginnings remembered, about 200 bytes each
-WORTH = 0.5  # of a prompt that must have been somewhere for that to count
 BUSIER = 4  # calls more than the least loaded: from there on the beginning is computed again
 
 
@@ -83,11 +82,8 @@ class Places:
         return sorted(loads, key=rank)
 
     def _holders(self, marks: Sequence[bytes], there: Mapping[str, int]) -> set[str]:
-        """Those of `there` that have had the longest beginning, where it is WORTH it."""
-        for count in range(len(marks), 0, -1):
-            if count < WORTH * len(marks):
-                break
-            holders = self._had.get(marks[count - 1], set()) & there.keys()
-            if holders:
+        """Those of `there` that have had the longest beginning."""
+        for mark in reversed(marks):
+            if holders := self._had.get(mark, set()) & there.keys():
                 return holders
         return set()
