@@ -33,6 +33,7 @@ __all__ = [
     "linear",
     "linear_add",
     "linear_cross_entropy",
+    "narrow_linear",
     "norm_linear",
     "norm_swiglu",
     "rms_norm",
@@ -257,6 +258,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear(x, weight): x (S, D), weight (F, D) -> (S, F), S <= 2."""
     _fit_thin("linear", x, weight)
     return twin("linear", x)(x, weight)
+
+
+def narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear(x, weight) of some rows and few outputs: x (S, D), weight (F, D) -> (S, F)."""
+    _fit("narrow_linear", weight=(weight.shape[1], x.shape[1]))
+    return twin("narrow_linear", x)(x, weight)
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:

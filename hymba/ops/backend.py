@@ -73,6 +73,7 @@ FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
     "linear": "thin",
     "linear_add": "thin",
     "linear_cross_entropy": "loss",
+    "narrow_linear": "thin",
     "norm_linear": "thin",
     "norm_swiglu": "thin",
     "rms_norm": "norm",

@@ -8,6 +8,7 @@ what it costs is bytes and the number of kernels. Each op here is a product and 
     norm_swiglu     swiglu of two such products
     fuse_linear     residual + F.linear(fuse_heads(attention, ssm), weight)
     linear_add      residual + F.linear(x, weight)
+    narrow_linear   F.linear(x, weight) of any number of rows and a hundred or two outputs
 
 These are the plain forms, and by definition what kernels have to give, roundings included; see
 `thin_triton` for those. No gradients: this is decode.
@@ -28,6 +29,12 @@ MOST_ROWS = 2  # beyond, matrix products of a library are faster
 
 @torch.no_grad()
 def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (S, D), weight (F, D) -> (S, F)."""
+    return F.linear(x, weight)
+
+
+@torch.no_grad()
+def narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (S, D), weight (F, D) -> (S, F)."""
     return F.linear(x, weight)
 

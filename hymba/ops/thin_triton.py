@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hymba.ops.backend import chains, dense_last, launch, operator
 from hymba.ops.chain_triton import wait
+from hymba.ops.narrow_triton import narrow_linear as narrow_linear  # of `thin` too
 from hymba.ops.thin import MOST_ROWS
 
 PROCESSORS = 132  # of an H100 or H200

@@ -63,7 +63,7 @@ class Branches:
         with torch.cuda.stream(self.aside):
             moved = ops.conv_step(u, w["taps"], one[E], conv, self.slots)
             thin = self.rows <= ops.THIN_ROWS
-            low = ops.linear(moved, w["x"]) if thin else F.linear(moved, w["x"])
+            low = (ops.linear if thin else ops.narrow_linear)(moved, w["x"])
             y = ops.ssm_step(
                 moved, low, w["dt"], one[E], one[R], one[N], one[N], self.A, one[E], gate, ssm,
                 self.slots, EPS,

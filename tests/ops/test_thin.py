@@ -128,6 +128,32 @@ def test_kernels(name: str, sizes: tuple[int, int, int], dtype: torch.dtype, dev
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 5, 3), (20, 33, 600), (128, 132, 3200), (3, 132, 3200), (63, 132, 3202), (300, 48, 1600)],
+    ids=str,
+)
+def test_narrow(sizes: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    """Any number of rows, a sum of each in the same order always; columns of any number."""
+    from hymba.ops import thin_triton
+
+    if device == "cpu" and sizes[2] > 1000:
+        pytest.skip("too large for the interpreter")
+    given = inputs(sizes, dtype, device)
+    x, weight = given["x"], given["weight"]
+    want = F.linear(x.double(), weight.double())
+    got = thin_triton.narrow_linear(x, weight)
+    assert got.dtype == dtype
+    # A sum, and for bfloat16 the result's own rounding.
+    assert (got.double() - want).norm() < (3e-6 if dtype == torch.float32 else 6e-3) * want.norm()
+    assert torch.equal(thin_triton.narrow_linear(x, weight), got)
+    assert torch.equal(thin.narrow_linear(x, weight), F.linear(x, weight))
+    assert thin_triton.narrow_linear(x[:0], weight).shape == (0, sizes[1])
+    torch.library.opcheck(thin_triton.narrow_linear.op, (x, weight))
+
+
+@needs_triton
 @pytest.mark.parametrize("name", NAMES)
 def test_roundings_are_those_of_the_plain_form(name: str, device: str) -> None:
     """Nearly every number is the same in bfloat16: sums in another order seldom round elsewhere."""
@@ -197,6 +223,8 @@ def test_chained_kernels_wait(device: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_door() -> None:
     given = inputs((2, 6, 4))
+    with pytest.raises(ValueError, match="narrow_linear"):
+        ops.narrow_linear(given["x"], given["weight"][:, 1:])
     wrong = {
         "linear": {"weight": given["weight"][:, :3], "x": torch.ones(3, 4)},
         "norm_linear": {"norm_weight": given["norm_weight"][:3], "x": torch.ones(9, 4)},
