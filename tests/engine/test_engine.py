@@ -169,14 +169,20 @@ def test_the_last_position(model: Any, twin: Twin, prompt: Prompt, plan: str, ah
 
 
 def test_sequences_longer_than_two_pages(lively: Any, tiny: Any, prompt: Prompt) -> None:
-    """Three and four pages, beside one of one page, whose row of the table ends in blank pages."""
-    long = lively(replace(tiny("hymba-no-meta"), max_positions=1024))
-    play = Play(Engine(long, limits=Limits(step_tokens=300)))
-    asked = [(prompt(760), FREE), (prompt(3), replace(FREE, max_tokens=40)), (prompt(513), FREE)]
-    requests = [play.add(*each) for each in asked]
-    play.all()
-    for each, request in zip(asked, requests, strict=True):
-        assert play.tokens(request) == [alone(long, *each).tokens]
+    """Three pages, and beside one of a page, in chunks and in steps: its row of the table does not
+    end in pages that a sequence before it had in its slot."""
+    model = lively(replace(tiny("hymba-no-meta"), max_positions=1024))
+    sizes = Engine(model).room.sizes
+    kept = 2 * (sizes.slot + sizes.page)  # of the short one, not of the long ones
+    limits = Limits(max_sequences=2, step_tokens=700, prefix_bytes=kept)
+    play = Play(Engine(model, limits=limits))
+    short = [*prompt(60), 5, *prompt(20)]
+    for prompts in ([prompt(60)], [prompt(600), prompt(610)], [prompt(760), short]):
+        requests = [play.add(each, FREE) for each in prompts]
+        play.all()
+        for each, request in zip(prompts, requests, strict=True):
+            assert play.tokens(request) == [alone(model, each, FREE).tokens]
+    assert requests[1].cached_tokens == 59
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -228,6 +234,27 @@ def test_preempted_and_resumed(
     work = sum(len(p) - 1 + how.max_tokens for p, how in asked)
     assert play.computed == work if host_bytes == 2**30 else play.computed >= work
     assert play.computed > work + 200 or host_bytes, "computed again where there is no room"
+    check_at_rest(play.engine)
+
+
+@pytest.mark.parametrize(("ahead", "host_bytes"), [(0, 2**30), (1, 400_000)])
+def test_many_are_preempted(
+    model: Any, twin: Twin, prompt: Prompt, ahead: int, host_bytes: int
+) -> None:
+    """So that they come back into others' slots and pages."""
+    draw = random.Random(ahead)
+    limits = paged_room(model("llama"), 6, 7, host_bytes=host_bytes, step_tokens=1500)
+    play = Play(Engine(model("llama"), limits=limits, ahead=ahead))
+    asks = []
+    for i in range(14):
+        length, room = draw.randrange(240, 256), draw.randrange(10, 40)
+        how = Sampling(max_tokens=room, temperature=i % 3 / 2, seed=i, stop_ids=())
+        at = draw.randrange(20)
+        asks.append(Ask(prompt(length), how, at, None if i % 5 else at + draw.randrange(20)))
+    for ask, request in zip(asks, play.load(asks), strict=True):
+        (found,), want = play.tokens(request), twin("llama", ask.prompt, ask.sampling).tokens
+        assert found == (want if ask.cancelled is None else want[: len(found)])
+    assert play.engine.stats().preemptions >= 4
     check_at_rest(play.engine)
 
 
@@ -602,8 +629,9 @@ def test_a_constraint_that_cannot_be_followed(
 ) -> None:
     pytest.importorskip("xgrammar")
     engine = Engine(model("hymba"), tokenizer)
-    with pytest.raises(UserError, match="regex cannot be followed"):
-        engine.add(prompt(30), Sampling(regex="(", n=2))
+    for refuse in (lambda how: engine.add(prompt(30), how), engine.prepare):
+        with pytest.raises(UserError, match="regex cannot be followed"):
+            refuse(Sampling(regex="(", n=2))
     check_at_rest(engine)
     assert Play(engine).one(prompt(3), FREE).finish == "length"
 

@@ -6,21 +6,19 @@ import random
 from os.path import commonprefix
 from typing import Any
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
 from hymba.engine.prefix import REMEMBERED, Prefixes
 
-TOKENS = st.lists(st.integers(0, 1), max_size=6)
-MOVES = st.lists(st.tuples(st.sampled_from(["put", "find", "get", "shed"]), TOKENS), max_size=40)
 
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(MOVES)
-def test_as_a_list_would_do_it(moves: list[tuple[str, list[int]]]) -> None:
-    """The twin is a list of (tokens, bytes), the least recently used first."""
-    prefixes, twin = Prefixes(limit=30, shortest=2), list[list[int]]()
-    for move, tokens in moves:
+@pytest.mark.parametrize("limit", [8, 25, 10_000])
+def test_as_a_list_would_do_it(limit: int) -> None:
+    """The twin is a list of tokens, the least recently used first. Many begin alike."""
+    draw, hits, gone_by = random.Random(limit), 0, 0
+    prefixes, twin = Prefixes(limit, shortest=2), list[list[int]]()
+    for _ in range(2000):
+        move = draw.choice(["put", "find", "find", "get", "shed"])
+        tokens = [0] * draw.randrange(5) + draw.choices([0, 1], k=draw.randrange(4))
         n = len(tokens)
         if move == "put" and tokens not in twin:
             prefixes.put([*tokens, 7, 7], n, n + 1, kept=list(tokens))
@@ -34,16 +32,19 @@ def test_as_a_list_would_do_it(moves: list[tuple[str, list[int]]]) -> None:
             entry = prefixes.find(tokens, n - 1)
             assert (entry.kept if entry else None) == want
             tokens = want if want is not None else [9]
+            hits += want is not None
         elif move == "shed":
             gone = prefixes.shed()
             assert gone == twin[: len(gone)]
             del twin[: len(gone)]
-            assert prefixes.nbytes <= 30
+            gone_by += len(gone)
+            assert prefixes.nbytes <= limit
         if move in ("get", "find") and tokens in twin:
             twin.remove(tokens)
             twin.append(tokens)
         assert len(prefixes) == len(twin)
         assert prefixes.nbytes == sum(len(t) + 1 for t in twin)
+    assert hits > 50 and (gone_by > 100) == (limit < 100)
 
 
 def put(prefixes: Prefixes, tokens: list[int], nbytes: int = 10) -> Any:

@@ -165,6 +165,10 @@ class Device:
         spent = len(plan.decode) + sum(count for _, count in plan.chunks)
         assert spent <= self.machine.step_tokens
         assert all(count > 0 for _, count in plan.chunks)
+        for branch, count in plan.chunks:
+            passed = range(branch.computed - count + 1, branch.computed)
+            assert not set(passed) & set(branch.stops), "it pauses where a snapshot is wanted"
+        assert all(branch.saved is None for branch in scheduler.running), "saved for ever"
         starts = [start.branch for start in plan.starts]
         assert starts == [*away[::-1], *waiting][: len(starts)], "first come, first served"
         assert not set(away) & set(starts), "out and in at once is work for nothing"
