@@ -27,7 +27,7 @@ from tests.engine.playing import Ask, Play, alone, check_at_rest
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 PLANS = ["hymba", "hymba-no-meta", "llama", "mamba", "samba"]
-FREE = Sampling(max_tokens=12, stop_ids=())
+FREE = Sampling(max_tokens=8, stop_ids=())
 Twin = Callable[..., Completion]
 Prompt = Callable[..., list[int]]
 
@@ -74,13 +74,13 @@ def paged_room(model: LanguageModel, sequences: int, pages: int, **more: Any) ->
 
 
 ASKED = [
-    Sampling(max_tokens=20),
+    Sampling(max_tokens=14),
     Sampling(max_tokens=12, temperature=0.8, top_p=0.9, seed=4),
-    Sampling(max_tokens=25, temperature=1.0, top_k=9, seed=5, frequency_penalty=0.5),
+    Sampling(max_tokens=16, temperature=1.0, top_k=9, seed=5, frequency_penalty=0.5),
     Sampling(max_tokens=9, repetition_penalty=1.3, logit_bias={3: 1.0}),
-    Sampling(max_tokens=30, temperature=1.2, min_p=0.05, seed=2**63, stop_ids=(7, 9)),
+    Sampling(max_tokens=18, temperature=1.2, min_p=0.05, seed=2**63, stop_ids=(7, 9)),
     Sampling(max_tokens=1),
-    Sampling(max_tokens=15, presence_penalty=1.5, stop_ids=()),
+    Sampling(max_tokens=10, presence_penalty=1.5, stop_ids=()),
 ]
 LENGTHS = [1, 30, 255, 2, 256, 9, 257, 12, 300, 5, 40, 3]
 
@@ -132,9 +132,9 @@ def test_budgets(model: Any, twin: Twin, prompt: Prompt, step_tokens: int) -> No
 @pytest.mark.parametrize("plan", ["hymba", "llama", "mamba"])
 def test_many_more_requests_than_slots(model: Any, twin: Twin, prompt: Prompt, plan: str) -> None:
     play = Play(Engine(model(plan), limits=Limits(max_sequences=2)))
-    asked = [(prompt(1 + i % 7), replace(ASKED[i % 4], max_tokens=6)) for i in range(20)]
+    asked = [(prompt(1 + i % 7), replace(ASKED[i % 4], max_tokens=5)) for i in range(16)]
     requests = [play.add(*each) for each in asked]
-    assert play.engine.stats().waiting == 20
+    assert play.engine.stats().waiting == 16
     play.all()
     for each, request in zip(asked, requests, strict=True):
         assert play.tokens(request) == [twin(plan, *each).tokens]
@@ -202,7 +202,7 @@ def test_the_model_s_own_end(model: Any, prompt: Prompt, lively: Any, tiny: Any)
     config = tiny("llama")
     for eos, finish in ((said[4], "stop"), (None, "length")):
         engine = Engine(lively(replace(config, eos_token_id=eos)))
-        found = Play(engine).one(prompt(6), Sampling(max_tokens=12))
+        found = Play(engine).one(prompt(6), Sampling(max_tokens=8))
         assert found.finish == finish
         assert found.tokens == (said if eos is None else said[: said.index(eos)])
 
@@ -220,12 +220,12 @@ def test_preempted_and_resumed(
     limits = paged_room(model(plan), 3, 3, host_bytes=host_bytes, prefix_bytes=0, step_tokens=600)
     play = Play(Engine(model(plan), limits=limits, ahead=ahead))
     hows = [
-        Sampling(max_tokens=40, stop_ids=()),
-        Sampling(max_tokens=30, temperature=1.0, seed=8, stop_ids=(), frequency_penalty=1.0),
-        Sampling(max_tokens=35, temperature=0.7, seed=1, stop_ids=(), repetition_penalty=1.2),
+        Sampling(max_tokens=20, stop_ids=()),
+        Sampling(max_tokens=18, temperature=1.0, seed=8, stop_ids=(), frequency_penalty=1.0),
+        Sampling(max_tokens=16, temperature=0.7, seed=1, stop_ids=(), repetition_penalty=1.2),
         Sampling(max_tokens=5, stop_ids=()),
     ]
-    asked = list(zip([prompt(n) for n in (240, 235, 250, 256)], hows, strict=True))
+    asked = list(zip([prompt(n) for n in (247, 244, 251, 256)], hows, strict=True))
     requests = [play.add(*each) for each in asked]
     play.all()
     assert play.engine.stats().preemptions >= 2
@@ -262,7 +262,7 @@ def test_preempted_beside_kept_beginnings(model: Any, twin: Twin, prompt: Prompt
     """Kept beginnings go first, and a request that comes back may find its own."""
     limits = paged_room(model("hymba"), 3, 3, host_bytes=0, prefix_bytes=2**30, step_tokens=300)
     play = Play(Engine(model("hymba"), limits=limits))
-    asked = [(prompt(n, 3)[:n], replace(FREE, max_tokens=30)) for n in (245, 250)]
+    asked = [(prompt(n, 3)[:n], replace(FREE, max_tokens=16)) for n in (247, 250)]
     for _ in range(2):
         requests = [play.add(*each) for each in asked]
         play.all()
@@ -317,7 +317,7 @@ def test_a_second_turn_does_not_compute_the_first(
     for _ in range(2):
         answer = play.one(turn, FREE)
         assert answer.tokens == twin(plan, turn, FREE).tokens
-        known, turn = len(turn) + 12 - 1, [*turn, *answer.tokens, *prompt(6)]
+        known, turn = len(turn) + 8 - 1, [*turn, *answer.tokens, *prompt(6)]
         before = play.chunked
         request = play.add(turn, FREE)
         play.all()
@@ -507,7 +507,7 @@ def test_no_delta_after_a_cancel(model: Any, prompt: Prompt) -> None:
     said = len(play.tokens(gone)[0])
     play.engine.cancel(gone)
     play.all()
-    assert len(play.tokens(gone)[0]) == said and len(play.tokens(kept)[0]) == 12
+    assert len(play.tokens(gone)[0]) == said and len(play.tokens(kept)[0]) == 8
 
 
 # ---- log-probabilities and constraints
@@ -688,7 +688,7 @@ def test_stats_add_up(model: Any, prompt: Prompt) -> None:
         assert stats.generated_tokens == sum(len(play.tokens(r)[0]) for r in requests)
         used = stats.running * sizes.slot + play.engine.pages.used * sizes.page
         assert stats.cache_bytes == used + len(play.engine.prefixes) * sizes.slot
-    assert (stats.steps, stats.prompt_tokens, stats.generated_tokens) == (steps, 328, 36)
+    assert (stats.steps, stats.prompt_tokens, stats.generated_tokens) == (steps, 328, 24)
     assert (stats.preemptions, stats.prefix_hits) == (0, 0)
     check_at_rest(play.engine)
 
