@@ -12,7 +12,7 @@ reductions, work that is not bytes.
 
 Beside it: the llama-3.2-3b plan on the same engine, transformers' Llama of the same shape behind a
 cache of the same length, the prompt's time against the plain forward, what sampling costs, and the
-share of tokens that stay the same when a sequence shares its batch (bfloat16 sums otherwise then).
+share of tokens that stay the same when a trained model's sequences share a batch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,14 +36,15 @@ from hymba.engine import Engine, Limits, Sampling
 from hymba.model.accounting import cache_bytes, step_bytes
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
+from hymba.weights import load
 
 EXAMPLES = """examples:
   python -m bench.engine
   python -m bench.engine --batches 1,128 --skip llama,transformers
+  python -m bench.engine --trained runs/demo/hymba
 """
 GROUPS, STEPS = 5, 16  # timed: so many groups of so many decode steps
 WARM = 8
-SPREAD = 5  # of logits: random weights give them a standard deviation of about 0.8
 PARTS = ("hymba", "llama", "transformers", "prefill", "sampling", "agreement")
 LLAMA = "llama-3.2-3b"
 
@@ -144,11 +146,7 @@ class Bench:
         model = self.model(self.options.preset)
         for batch in self.options.batches:
             attempt(f"batch {batch}", lambda b=batch: self.decode(self.options.preset, model, b))
-        for part, work in (
-            ("prefill", self.prefill),
-            ("sampling", self.sampling),
-            ("agreement", self.agreement),
-        ):
+        for part, work in (("prefill", self.prefill), ("sampling", self.sampling)):
             if part not in self.options.skip:
                 attempt(part, lambda work=work: work(model))
 
@@ -194,26 +192,22 @@ class Bench:
             name = f"{self.options.preset}, drawn" + (", top_p" if "top_p" in how else "")
             self.decode(name, model, batch, seed=0, **how)
 
-    def agreement(self, model: LanguageModel) -> None:
-        """The same seeds alone and in a batch: which share of the tokens is equal. Random weights
-        make logits too flat to tell anything, so they are spread as a trained model's are."""
-        model.decoder.final_norm.weight.data *= SPREAD
-        prompts = [self.prompt(model, 64 + 7 * i) for i in range(16)]
-        samplings = [
-            Sampling(max_tokens=64, temperature=0.8, seed=i, stop_ids=()) for i in range(16)
-        ]
-        together = answers(self.engine(model, 16), prompts, samplings)
-        one = self.engine(model, 1)
-        alone = [answers(one, [p], [s])[0] for p, s in zip(prompts, samplings, strict=True)]
-        pairs = [list(zip(a, b, strict=True)) for a, b in zip(together, alone, strict=True)]
-        equal = [sum(x == y for x, y in pair) for pair in pairs]
-        until = [next((i for i, (x, y) in enumerate(pair) if x != y), len(pair)) for pair in pairs]
-        share, first = sum(equal) / 1024, sum(until) / 1024
-        print(f"bfloat16, same seeds alone and in a batch of 16: {share:.1%} of tokens equal,")
-        print(f"  {first:.1%} before the first difference")
-        found = {"equal": rounded(share), "before_first": rounded(first), "spread": SPREAD}
-        self.report.put(agreement=found)
-        model.decoder.final_norm.weight.data /= SPREAD
+    def agreement(self) -> None:
+        """The same seeds alone and in a batch, in a trained model and bfloat16: which share of the
+        tokens is equal. (Random weights in 32 layers turn a rounding into another token.)"""
+        model = load(self.options.trained, "cuda", "bfloat16").eval()
+        prompts = [self.prompt(model, 16 + 7 * i) for i in range(16)]
+        found = {}
+        for name, heat in (("greedy", 0.0), ("temperature 0.8", 0.8)):
+            how = [
+                Sampling(max_tokens=64, temperature=heat, seed=i, stop_ids=()) for i in range(16)
+            ]
+            together, one = answers(self.engine(model, 16), prompts, how), self.engine(model, 1)
+            alone = [answers(one, [p], [s])[0] for p, s in zip(prompts, how, strict=True)]
+            pairs = zip(together, alone, strict=True)
+            found[name] = rounded(sum(equal(*pair) for pair in pairs) / (16 * 64), 3)
+        print(f"bfloat16, same seeds alone and in a batch of 16, share of equal tokens: {found}")
+        self.report.put(agreement=found | {"model": self.options.trained.name})
 
     def transformers(self) -> None:
         """Llama of the same shape in transformers, behind a filled cache."""
@@ -226,6 +220,10 @@ class Bench:
                     row = self.row(name, config, batch, ms / 1e3) | {"spread": 0.0}
                     print(self.line(row), flush=True)
                     self.report.add(row)
+
+
+def equal(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(x == y for x, y in zip(a, b, strict=True))
 
 
 def answers(
@@ -312,6 +310,12 @@ def read(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--llama-batches", type=numbers, default=[1, 16, 64], metavar="N,N")
     parser.add_argument("--transformers-batches", type=numbers, default=[1, 16], metavar="N,N")
     parser.add_argument(
+        "--trained",
+        type=Path,
+        metavar="FOLDER",
+        help="a trained model, for the share of equal tokens",
+    )
+    parser.add_argument(
         "--skip",
         type=lambda text: [part for part in text.split(",") if part],
         default=[],
@@ -343,8 +347,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(gpu.headline(report.data), flush=True)
     bench = Bench(options, report, limits)
-    for part in ("hymba", "llama", "transformers"):
-        if part not in options.skip:
+    for part in ("hymba", "llama", "transformers", "agreement"):
+        if part not in options.skip and (part != "agreement" or options.trained):
             attempt(part, getattr(bench, part))
             gc.collect()
             torch.cuda.empty_cache()

@@ -75,7 +75,11 @@ class SSM(nn.Module):
         conv, slots = self.conv, now.slots
         A = self.rates(u.dtype) if now.A is None else now.A
         u = ops.conv_step(u, conv.weight.squeeze(1), conv.bias, now.conv, slots)
-        low, norms, eps = self.x_proj(u), self._norms(), self.dt_norm.eps
+        norms, eps, thin = self._norms(), self.dt_norm.eps, len(u) <= ops.THIN_ROWS
+        if thin and is_matrix(self.x_proj):
+            low = ops.linear(u, self.x_proj.weight)
+        else:
+            low = self.x_proj(u)
         if is_matrix(self.dt_proj):
             weight = self.dt_proj.weight
             return ops.ssm_step(
