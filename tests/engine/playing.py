@@ -9,6 +9,8 @@ from hymba.engine import Completion, Engine, Request, Sampling, generate
 from hymba.model.decoder import LanguageModel
 from hymba.tokenizer import Tokenizer
 
+STEPS = 2000  # ten times what any test needs
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -26,7 +28,7 @@ class Play:
         self.engine = engine
         self.said: dict[Request, list[Completion]] = {}
         self.computed = 0  # rows given to the model, in chunks and in decode steps
-        self.chunked = 0
+        self.chunked = self.steps = 0
         self._poisoned: set[tuple[str, int]] = set()
         self._spy("compute", lambda chunks: sum(len(tokens) for _, tokens in chunks))
         self._spy("decode", len)
@@ -48,6 +50,8 @@ class Play:
 
     def step(self) -> None:
         self._poison()
+        self.steps += 1
+        assert self.steps < STEPS, "it does not come to an end"
         for delta in self.engine.step():
             completion = self.said[delta.request][delta.index]
             assert completion.finish is None, "nothing comes after the end"

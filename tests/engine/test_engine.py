@@ -7,6 +7,7 @@ float32, because that is the promise; the tiny models' logits are far enough apa
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -571,6 +572,17 @@ def test_constrained_beside_free(
         assert found.text == want.text == tokenizer.decode(found.tokens)
     assert play.said[requests[3]][0].text == "ABC"
     check_at_rest(play.engine)
+
+
+def test_several_constrained_answers(model: Any, prompt: Prompt, tokenizer: Tokenizer) -> None:
+    """Each stands at its own place in the grammar."""
+    pytest.importorskip("xgrammar")
+    play = Play(Engine(model("mamba"), tokenizer, Limits(max_sequences=2)))
+    how = Sampling(max_tokens=20, regex="[A-C]{4,9}X", temperature=1.0, seed=1, n=3)
+    request = play.add(prompt(9), how)
+    play.all()
+    found = [completion.text for completion in play.said[request]]
+    assert len(set(found)) == 3 and all(re.fullmatch("[A-C]{4,9}X", text) for text in found)
 
 
 def test_constrained_and_preempted(
