@@ -75,11 +75,7 @@ class SSM(nn.Module):
         conv, slots = self.conv, now.slots
         A = self.rates(u.dtype) if now.A is None else now.A
         u = ops.conv_step(u, conv.weight.squeeze(1), conv.bias, now.conv, slots)
-        norms, eps, thin = self._norms(), self.dt_norm.eps, len(u) <= ops.THIN_ROWS
-        if thin and is_matrix(self.x_proj):
-            low = ops.linear(u, self.x_proj.weight)
-        else:
-            low = self.x_proj(u)
+        low, norms, eps = self._low(u), self._norms(), self.dt_norm.eps
         if is_matrix(self.dt_proj):
             weight = self.dt_proj.weight
             return ops.ssm_step(
@@ -88,6 +84,13 @@ class SSM(nn.Module):
         step, B, C = ops.rms_norms(low, norms, eps)
         dt = self.dt_proj(step)
         return ops.state_step(u, dt, A, B, C, self.D, gate, self.dt_bias, now.ssm, slots)
+
+    def _low(self, u: Tensor) -> Tensor:
+        """x_proj of a step's rows: few outputs, for which a library's products are slow."""
+        if not is_matrix(self.x_proj):
+            return self.x_proj(u)
+        product = ops.linear if len(u) <= ops.THIN_ROWS else ops.narrow_linear
+        return product(u, self.x_proj.weight)
 
     def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight

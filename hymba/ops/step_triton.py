@@ -182,7 +182,7 @@ def _ssm_step_kernel(
     S, E, stride_u, stride_z, stride_s, eps,
     STRIDE_LOW: tl.constexpr, STRIDE_W: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr, EARLY: tl.constexpr, CHAINED: tl.constexpr,
+    DOT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -190,18 +190,11 @@ def _ssm_step_kernel(
     mask = (row < S)[:, None] & (e < E)[None, :]
     mask_r = (row < S)[:, None] & (r < RANK)[None, :]
     mask_n = (row < S)[:, None] & (n < STATES)[None, :]
-    if EARLY:  # weights while others end; else states first, which come from farther
-        w, weight_dt, weight_b, weight_c, bias, skip = _load_weights(
-            dt_weight, dt_norm, B_norm, C_norm, dt_bias, D, e, r, n, E, STRIDE_W, RANK, STATES
-        )
-        wait(CHAINED)
-        h, at, mask_h = _load_states(state, slots, row, e, n, S, mask, stride_s, STATES)
-    else:
-        wait(CHAINED)
-        h, at, mask_h = _load_states(state, slots, row, e, n, S, mask, stride_s, STATES)
-        w, weight_dt, weight_b, weight_c, bias, skip = _load_weights(
-            dt_weight, dt_norm, B_norm, C_norm, dt_bias, D, e, r, n, E, STRIDE_W, RANK, STATES
-        )
+    w, weight_dt, weight_b, weight_c, bias, skip = _load_weights(
+        dt_weight, dt_norm, B_norm, C_norm, dt_bias, D, e, r, n, E, STRIDE_W, RANK, STATES
+    )
+    wait(CHAINED)
+    h, at, mask_h = _load_states(state, slots, row, e, n, S, mask, stride_s, STATES)
     thin = _load_rows(low, row, r, STRIDE_LOW, mask_r)
     b = _load_rows(low + RANK, row, n, STRIDE_LOW, mask_n)
     c = _load_rows(low + RANK + STATES, row, n, STRIDE_LOW, mask_n)
@@ -383,7 +376,7 @@ def ssm_step(
         STRIDE_LOW=low.stride(0), STRIDE_W=dt_weight.stride(0),
         RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]),
-        DOT=dot_type(low), EARLY=rows <= FEW_ROWS, CHAINED=chains(u, rows), **cut,
+        DOT=dot_type(low), CHAINED=chains(u, rows), **cut,
     )  # fmt: skip
     return y
 
