@@ -170,7 +170,9 @@ class Device:
             assert not set(passed) & set(branch.stops), "it pauses where a snapshot is wanted"
         assert all(branch.saved is None for branch in scheduler.running), "saved for ever"
         starts = [start.branch for start in plan.starts]
-        assert starts == [*away[::-1], *waiting][: len(starts)], "first come, first served"
+        line = [*away[::-1], *waiting]
+        assert starts == line[: len(starts)], "first come, first served"
+        assert list(scheduler.waiting) == line[len(starts) :], "who had to leave is the next"
         assert not set(away) & set(starts), "out and in at once is work for nothing"
         moved = {*plan.decode, *(branch for branch, _ in plan.chunks)}
         if scheduler.running:
@@ -282,6 +284,7 @@ class Device:
             for follower in followers:
                 follower.start = entry
         self.scheduler.add_first(followers)
+        assert list(self.scheduler.waiting)[: len(followers)] == followers
 
     # ---- reading
 
