@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from hymba.engine import Completion, Engine, Request, Sampling, generate
+from hymba.engine import Completion, Engine, Limits, Request, Sampling, generate
 from hymba.model.decoder import LanguageModel
 from hymba.tokenizer import Tokenizer
 
 STEPS = 2000  # ten times what any test needs
+PLANS = ["hymba", "hymba-no-meta", "llama", "mamba", "samba"]
+FREE = Sampling(max_tokens=8, stop_ids=())
+Twin = Callable[..., Completion]
+Prompt = Callable[..., list[int]]
 
 
 @dataclass(frozen=True)
@@ -120,3 +125,13 @@ def check_at_rest(engine: Engine) -> None:
     while (snapshot := prefixes.evict()) is not None:
         engine.pages.give_back(snapshot.pages)
     assert engine.stats().cache_bytes == 0
+
+
+def paged_room(model: LanguageModel, sequences: int, pages: int, **more: Any) -> Limits:
+    """Limits with so many slots and pages exactly."""
+    sizes = Engine(model, limits=Limits(max_sequences=1)).room.sizes
+    nbytes = (sequences + 1) * sizes.slot + (pages + 2) * sizes.page
+    limits = Limits(max_sequences=sequences, cache_bytes=nbytes, **more)
+    room = Engine(model, limits=limits).room
+    assert (room.sequences, room.pages) == (sequences, pages)
+    return limits
