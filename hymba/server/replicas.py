@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Ray reads these when it is imported. One front routes everything, so what it knows of the loads
@@ -29,6 +30,9 @@ for _variable, _value in {
     "RAY_DEDUP_LOGS": "0",
 }.items():
     os.environ.setdefault(_variable, _value)
+ADDRESS = os.environ.get("RAY_ADDRESS")  # of a cluster to join, else one of our own is started
+if ADDRESS and (Path.home() / ".ray/auth_token").is_file():  # as `ray start` does, and `ray.init`
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 try:
     import ray
@@ -224,7 +228,7 @@ class RayFleet:
             for name in sorted(before - there):
                 log.warning("replica %s has gone; another is started", name)
             for name in sorted(there - before):
-                log.warning("replica %s is ready (%d of %d)", name, self.ready, self.wanted)
+                log.info("replica %s is ready (%d of %d)", name, self.ready, self.wanted)
             before = there
             yield
             await asyncio.sleep(WATCH)
@@ -244,8 +248,7 @@ class RayFleet:
 def running(load: Load, share: Share, name: str) -> Iterator[RayFleet]:
     """A fleet, at least one of whose replicas is ready. `name` tells it apart from other servers
     of a cluster. With RAY_ADDRESS the replicas are spread over that cluster's machines."""
-    address = os.environ.get("RAY_ADDRESS")
-    _connect(address, share)
+    _connect(share)
     try:
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_quiet())
         target = serve.RunTarget(_application(load, share), name=name, route_prefix=None)
@@ -254,27 +257,32 @@ def running(load: Load, share: Share, name: str) -> Iterator[RayFleet]:
         fleet.wait(lambda: str(serve.status().applications[name].status.value))
         yield fleet
     finally:
-        if address:
-            serve.delete(name)
+        if ADDRESS:
+            with contextlib.suppress(RayServeException):
+                serve.delete(name)
         ray.shutdown()  # of a cluster of our own: all its processes
 
 
-def _connect(address: str | None, share: Share) -> None:
+def _connect(share: Share) -> None:
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "namespace": "hymba"}
-    if address:
-        ray.init(address, **options)
-    else:
-        cpus = max(os.cpu_count() or 1, share.cpus * share.replicas)
-        store = {"object_store_memory": STORE, "include_dashboard": False}
-        ray.init("local", num_cpus=cpus, **store, **options)
+    if not ADDRESS:
+        options |= {"object_store_memory": STORE, "include_dashboard": False}
+        options["num_cpus"] = max(os.cpu_count() or 1, share.cpus * share.replicas)
+    try:
+        ray.init(ADDRESS or "local", **options)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise UserError(f"ray does not start: {str(error).splitlines()[0]}") from error
     there = ray.cluster_resources()
     for kind, needed in (("GPU", share.gpus), ("CPU", share.cpus)):
         most = int(there.get(kind, 0)) // needed if needed else share.replicas
         if most < share.replicas:
             ray.shutdown()
-            raise UserError(f"there are {kind}s for {most} replicas, not for {share.replicas}")
+            raise UserError(
+                f"there are {kind}s for {most} replicas, not for {share.replicas}: "
+                f"fewer --replicas, or {'--device cpu' if kind == 'GPU' else 'fewer --threads'}"
+            )
 
 
 def _application(load: Load, share: Share) -> serve.Application:
@@ -283,6 +291,7 @@ def _application(load: Load, share: Share) -> serve.Application:
         .options(
             num_replicas=share.replicas,
             max_ongoing_requests=MANY,
+            max_constructor_retry_count=3,
             ray_actor_options={"num_gpus": share.gpus, "num_cpus": share.cpus},
             request_router_config=RequestRouterConfig(request_router_class=Router),
             health_check_period_s=WATCH,

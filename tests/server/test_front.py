@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ httpx = pytest.importorskip("httpx")
 
 from prometheus_client.core import CounterMetricFamily  # noqa: E402
 
+from hymba.errors import UserError  # noqa: E402
 from hymba.server import Settings  # noqa: E402
 from hymba.server.front import REPLICA, Ask, Lost, Told, create_front  # noqa: E402
 from hymba.server.shapes import Live  # noqa: E402
@@ -196,3 +199,10 @@ def test_numbers_of_all() -> None:
     assert not any("99" in line for line in http)
     names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert len(names) == len(set(names))
+
+
+def test_without_ray_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "hymba.server.replicas", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r'pip install "hymba\[replicas\]"'):
+        importlib.import_module("hymba.server.replicas")
