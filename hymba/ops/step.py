@@ -27,7 +27,8 @@ def conv_step(
     """x (S, E), weight (E, K), bias (E) -> silu(conv) (S, E), as `causal_conv` over rows of length
     1; state (slots, K-1, E), the inputs before x, moves on by one."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows = torch.cat([state[slots].to(x.dtype), x[:, None]], dim=1)  # (S, K, E)
+    before = state.index_select(0, slots)  # on a CPU a quarter of the time of state[slots]
+    rows = torch.cat([before.to(x.dtype), x[:, None]], dim=1)  # (S, K, E)
     out = (rows.to(wide) * weight.T.to(wide)).sum(1)
     state[slots] = rows[:, 1:].to(state.dtype)
     return F.silu(out if bias is None else out + bias.to(wide)).to(x.dtype)
@@ -48,7 +49,7 @@ def state_step(
 ) -> Tensor:
     """u, dt, z (S, E); A (E, n); B, C (S, n); D, dt_bias (E) -> y (S, E), as `selective_scan` over
     rows of length 1; state (slots, E, n) is brought up to date."""
-    y, left = scan_step(u, dt, A, B, C, D, z, dt_bias, state[slots])
+    y, left = scan_step(u, dt, A, B, C, D, z, dt_bias, state.index_select(0, slots))
     state[slots] = left.to(state.dtype)
     return y
 
