@@ -66,6 +66,7 @@ STORE = 80 << 20  # bytes of Ray's object store, where large answers and bodies 
 ANSWER = 5.0  # seconds for replicas to tell of themselves
 WATCH = 1.0  # seconds between two looks at who is there
 HUNG = 30.0  # seconds without a sign of life until a replica is replaced
+FAILED = "hymba.failed"  # instead of an answer, until Ray has looked at the replica's health
 MANY = 1_000_000  # calls at one replica as far as Ray cares: the engine has a queue of its own
 
 
@@ -113,7 +114,8 @@ class Replica:
     async def answer(self, ask: Ask) -> AsyncIterator[Batch]:
         """What the application sends, as many messages at once as there are."""
         if self._server.service.state == "failed":
-            raise RuntimeError("the engine has failed")
+            yield [{"type": FAILED}]
+            return
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         scope = ask.scope | {"type": "http", "asgi": {"version": "3.0"}}
         task = asyncio.create_task(self._run(scope, ask.body, messages))
@@ -200,6 +202,8 @@ class RayFleet:
         try:
             async for batch in batches:
                 for message in batch:
+                    if message["type"] == FAILED:
+                        raise Lost("its engine has failed")
                     yield message
         except (RayError, RayServeException) as error:
             raise Lost(str(error).splitlines()[0]) from error
