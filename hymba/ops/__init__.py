@@ -45,9 +45,6 @@ __all__ = [
     "ssm_step",
     "state_step",
     "swiglu",
-    "wide_add",
-    "wide_linear",
-    "wide_swiglu",
 ]
 
 
@@ -324,27 +321,3 @@ def _fit_thin(
     if residual is not None:
         _fit(op, residual=(len(residual), rows))
         _fit(op, residual=(residual.shape[1], len(weight)))
-
-
-# Wide products, for a step of dozens of rows. Any number is right; to 128 there are kernels.
-
-
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, weight): x (S, D), weight (F, D) -> (S, F)."""
-    _fit("wide_linear", weight=(weight.shape[1], x.shape[1]))
-    return twin("wide_linear", x)(x, weight)
-
-
-def wide_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """residual + F.linear(x, weight): x (S, D), weight (F, D) -> as residual (S, F)."""
-    _fit("wide_add", weight=(weight.shape[1], x.shape[1]), rows=(len(residual), len(x)))
-    _fit("wide_add", residual=(residual.shape[1], len(weight)))
-    return twin("wide_add", x)(x, weight, residual)
-
-
-def wide_swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    """swiglu of two products: x (S, D), gate_weight and up_weight (F, D) -> (S, F)."""
-    for weight in (gate_weight, up_weight):
-        _fit("wide_swiglu", weight=(weight.shape[1], x.shape[1]))
-    _fit("wide_swiglu", up_weight=(len(up_weight), len(gate_weight)))
-    return twin("wide_swiglu", x)(x, gate_weight, up_weight)

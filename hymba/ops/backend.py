@@ -84,9 +84,6 @@ FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
     "ssm_step": "step",
     "state_step": "step",
     "swiglu": "swiglu",
-    "wide_add": "wide",
-    "wide_linear": "wide",
-    "wide_swiglu": "wide",
 }
 _chosen: dict[tuple[str, str, bool], Callable[..., Any]] = {}  # by op, device, float64
 
