@@ -197,7 +197,13 @@ def _fuse_linear_kernel(
 
 
 def _run(
-    kernel: Any, rows: int, weight: Tensor, tensors: int, *args: Any, strides: list[int]
+    kernel: Any,
+    rows: int,
+    weight: Tensor,
+    tensors: int,
+    *args: Any,
+    strides: list[int],
+    **options: Any,
 ) -> None:
     """Launch a kernel of `args`, then S, F, and floats and strides, cut for its weight (F, D)."""
     if rows > MOST_ROWS:
@@ -208,7 +214,7 @@ def _run(
     launch(
         kernel, (triton.cdiv(features, outputs),), *args, *strides, D=width,
         ROWS=triton.next_power_of_2(rows), COLUMNS=columns, OUTPUTS=outputs,
-        CHAINED=TILING.chain and chains(weight), num_warps=warps,
+        CHAINED=TILING.chain and chains(weight), num_warps=warps, **options,
     )  # fmt: skip
 
 
@@ -293,6 +299,7 @@ def fuse_linear(
             a, b, attention_weight.contiguous(), ssm_weight.contiguous(), weight, residual, out,
             rows, features, eps,
             strides=[a.stride(0), b.stride(0), weight.stride(0), residual.stride(0)],
+            enable_fp_fusion=False,  # a product fused with the sum is not rounded
         )  # fmt: skip
     return out
 
