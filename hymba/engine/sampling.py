@@ -6,7 +6,8 @@
 
 The host never waits here: every shape follows from what was asked, never from a value on the
 device. A row's path follows from its own `Sampling` alone and sums are of integers, so its text
-does not depend on its neighbours. The slow twin of one row is in `sampling_reference.py`.
+does not depend on its neighbours. To draw is to add noise (`noise.py`) and take the highest. The
+slow twin of one row is in `sampling_reference.py`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hymba.engine.uniform import stream_key, uniforms
+from hymba.engine.noise import gumbel, row_keys, stream_key, token_steps
 from hymba.errors import UserError
 
 LOGPROBS = 20  # the likeliest tokens that may be asked for, as in OpenAI's interface
 COMPLETIONS = 128
 STOPS = 16
 COLDEST = 1e-5  # a lower temperature is greedy: logits divided by it are no numbers any more
-SHARES = 2.0**50  # a probability is so many shares: their sum is exact in int64 and in float64
+SHARES = 2.0**50  # in top_p, of a probability: their sum is exact in int64 and in float64
+# Logits that get their noise at once: what a core's cache holds, and what takes 64 MB of a GPU.
+AT_ONCE_ON_A_CPU, AT_ONCE = 2**16, 2**22
 
 # name: (a whole number?, what must hold, the rule in words). Every float has two bounds, so that
 # NaN and infinity fail, and so that float32 can hold what is made of it.
@@ -230,6 +233,7 @@ class Sampler:
         self.device, self.vocab_size = torch.device(device), vocab_size
         self._asked: dict[int, _Asked] = {}
         self._numbers = torch.zeros(slots, dtype=torch.int64, device=self.device)  # tokens drawn
+        self._steps = token_steps(vocab_size, self.device)
         self._edits = _Edits(vocab_size, self.device)
         self._plan: _Plan | None = None
 
@@ -277,7 +281,8 @@ class Sampler:
             tokens = x.argmax(-1)
         else:
             numbers = plan.drawing.rows.take(self._numbers.index_select(0, slot_tensor))
-            chosen = _draw(plan.drawing.rows.take(x), numbers, plan.drawing)
+            keys = row_keys(plan.drawing.keys, numbers)
+            chosen = _draw(_filtered(plan.drawing.rows.take(x), plan.drawing), keys, self._steps)
             tokens = chosen if plan.drawing.rows.all else x.argmax(-1)
             tokens = plan.drawing.rows.put(tokens, chosen)
             self._numbers.index_add_(0, slot_tensor, self._numbers.new_ones(count))
@@ -327,8 +332,16 @@ class _Drawing:
         self.top_p = _column(tops, torch.float64, device)
 
 
-def _draw(x: Tensor, numbers: Tensor, drawing: _Drawing) -> Tensor:
-    """x (D, V), numbers of the tokens (D,) -> tokens (D,)."""
+def _draw(x: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    """x (D, V), states of the rows (D,), steps of the tokens (V,) -> tokens (D,)."""
+    at_once = AT_ONCE_ON_A_CPU if x.device.type == "cpu" else AT_ONCE
+    rows = max(1, at_once // x.shape[-1])
+    parts = zip(x.split(rows), keys.split(rows), strict=True)
+    return torch.cat([gumbel(some, steps).add_(part).argmax(-1) for part, some in parts])
+
+
+def _filtered(x: Tensor, drawing: _Drawing) -> Tensor:
+    """x (D, V) -> float32 after temperature and filters, the highest 0, what is left out -inf."""
     x = x.float()
     x = (x - x.amax(-1, keepdim=True)) / drawing.temperature
     lowest = drawing.least
@@ -338,9 +351,7 @@ def _draw(x: Tensor, numbers: Tensor, drawing: _Drawing) -> Tensor:
             lowest = torch.full_like(x[:, :1], -math.inf)
         found = torch.maximum(found, drawing.sorted.take(lowest))
         lowest = drawing.sorted.put(lowest, found)
-    if lowest is not None:
-        x = x.masked_fill(x < lowest, -math.inf)
-    return _choose(x, uniforms(drawing.keys, numbers))
+    return x if lowest is None else x.masked_fill(x < lowest, -math.inf)
 
 
 def _lowest_kept(x: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -351,16 +362,6 @@ def _lowest_kept(x: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     sums = shares.cumsum(-1)
     kept = (sums - shares < top_p * sums[:, -1:]).sum(-1, keepdim=True)  # by what comes before
     return torch.maximum(kth, ordered.gather(-1, (kept - 1).clamp(min=0)))
-
-
-def _choose(x: Tensor, uniform: Tensor) -> Tensor:
-    """x (D, V), uniform (D,) -> the token in whose part of the line, in order of the vocabulary,
-    the number falls. With whole shares no rounding can give one whose share is nothing."""
-    sums = _shares(x).cumsum(-1)
-    total = sums[:, -1:]
-    place = (uniform.unsqueeze(-1) * total).long().clamp(max=total - 1)
-    found = torch.searchsorted(sums, place, right=True).squeeze(-1)
-    return found.clamp(max=x.shape[-1] - 1)  # of NaN logits, so that no index leaves the table
 
 
 def _shares(x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from hymba.engine.noise import GOLDEN, UNIT, WORD, branch, stir, stream_key
 from hymba.engine.sampling import SHARES, Sampling
-from hymba.engine.uniform import GOLDEN, mix, stream_key
 
 
 @torch.no_grad()
@@ -30,9 +30,7 @@ def sample_reference(
     if sampling.greedy:
         return int(x.argmax())
     x = filtered((x - x.max()) / torch.tensor([sampling.temperature]), sampling)
-    ends = list(accumulate(_shares(x)))  # where each token's part of the line ends
-    place = min(int(uniform(seed, index, len(said)) * ends[-1]), ends[-1] - 1)
-    return next(token for token, end in enumerate(ends) if place < end)
+    return int((x + noise(len(x), seed, index, len(said))).argmax())
 
 
 def edited(x: Tensor, sampling: Sampling, prompt: Sequence[int], said: Sequence[int]) -> Tensor:
@@ -70,9 +68,12 @@ def filtered(x: Tensor, sampling: Sampling) -> Tensor:
     return x
 
 
-def uniform(seed: int, index: int, number: int) -> float:
-    """The random number in [0, 1) of token `number` of completion `index`."""
-    return (mix((stream_key(seed, index) + (number + 1) * GOLDEN) % 2**64) >> 11) * 2.0**-53
+def noise(vocab_size: int, seed: int, index: int, number: int) -> Tensor:
+    """(V,) Gumbel noise of the tokens that may be token `number` of completion `index`."""
+    row = branch(stream_key(seed, index), number)
+    bits = [stir(row + (token + 1) * GOLDEN & WORD) >> 32 for token in range(vocab_size)]
+    u = (torch.tensor(bits, dtype=torch.float32) + 0.5) * UNIT
+    return -torch.log(-torch.log1p(-u))
 
 
 def _shares(x: Tensor) -> list[int]:
