@@ -255,4 +255,4 @@ def both(
 
 @cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)  # before what fills the device for longer
+    return torch.cuda.Stream(device)  # ahead of the attention its programs cost more than they save
