@@ -23,6 +23,7 @@ import math
 import os
 import random
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -117,7 +118,8 @@ class Served(NamedTuple):
 
     seconds: float
     answers: list[Answer]
-    client_s: float  # its CPU time
+    client_s: float  # CPU time of the clients, and of the server meanwhile
+    server_s: float
 
 
 class Server:
@@ -148,18 +150,6 @@ class Server:
         self.log.seek(0)
         raise RuntimeError(f"the server did not start:\n{self.log.read()[-2000:]}")
 
-    def cpu_s(self) -> float:
-        import psutil  # type: ignore[import-untyped]
-
-        root, total = psutil.Process(self.process.pid), 0.0
-        for process in (root, *root.children(recursive=True)):
-            try:
-                times = process.cpu_times()
-                total += times.user + times.system
-            except psutil.NoSuchProcess:
-                continue
-        return total
-
     def stop(self) -> None:
         self.process.terminate()
         try:
@@ -168,6 +158,20 @@ class Server:
             self.process.kill()
             self.process.wait()
         self.log.close()
+
+
+def cpu_seconds(process: int) -> float:
+    """What a process and its children have worked."""
+    import psutil  # type: ignore[import-untyped]
+
+    root, total = psutil.Process(process), 0.0
+    for one in (root, *root.children(recursive=True)):
+        try:
+            times = one.cpu_times()
+            total += times.user + times.system
+        except psutil.NoSuchProcess:
+            continue
+    return total
 
 
 @contextmanager
@@ -183,16 +187,17 @@ def serving(folder: Path, threads: int, replicas: int, sequences: int) -> Iterat
 def ask_server(server: Server, asks: Sequence[Ask], concurrency: int) -> Served:
     """Ask from another process, so that its work is not ours."""
     command = [sys.executable, "-m", "bench.serve", "--clients", server.url, str(concurrency)]
+    command.append(str(server.process.pid))
     asked = json.dumps(list(asks))
     done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the clients failed:\n{done.stderr[-2000:]}")
     found = json.loads(done.stdout)
     answers = [Answer(*answer) for answer in found["answers"]]
-    return Served(found["seconds"], answers, found["client_s"])
+    return Served(found["seconds"], answers, found["client_s"], found["server_s"])
 
 
-async def clients(url: str, concurrency: int, asks: Sequence[Ask]) -> dict[str, Any]:
+async def clients(url: str, concurrency: int, process: int, asks: Sequence[Ask]) -> dict[str, Any]:
     """In the clients' process: `concurrency` of them, each asking again when it has its answer."""
     import httpx
 
@@ -205,10 +210,13 @@ async def clients(url: str, concurrency: int, asks: Sequence[Ask]) -> dict[str, 
             for place, ask in waiting:
                 answers[place] = await stream(http, ask)
 
-        begin, worked = time.perf_counter(), time.process_time()
+        def clocks() -> tuple[float, float, float]:
+            return time.perf_counter(), time.process_time(), cpu_seconds(process)
+
+        before = clocks()
         await asyncio.gather(*(client() for _ in range(concurrency)))
-        seconds, worked = time.perf_counter() - begin, time.process_time() - worked
-    return {"seconds": seconds, "answers": answers, "client_s": worked}
+        spent = [b - a for a, b in zip(before, clocks(), strict=True)]
+    return dict(zip(("seconds", "client_s", "server_s"), spent, strict=True)) | {"answers": answers}
 
 
 async def stream(http: Any, ask: Ask) -> Answer:
@@ -280,15 +288,13 @@ class Side(NamedTuple):
 
 def server_side(server: Server, name: str, cores: int, concurrency: int) -> Side:
     def run(asks: Sequence[Ask]) -> dict[str, Any]:
-        worked = server.cpu_s()
         found = ask_server(server, asks, concurrency)
-        worked = server.cpu_s() - worked  # with the start of the clients' process, which is idle
         wrong = [
             a.tokens for a, ask in zip(found.answers, asks, strict=True) if a.tokens != ask.answer
         ]
         if wrong:
             raise RuntimeError(f"{len(wrong)} answers are not as long as asked for")
-        return figures(asks, found.seconds, worked) | {
+        return figures(asks, found.seconds, found.server_s) | {
             "client_cores": found.client_s / found.seconds,
             "first_ms": [1e3 * a.first_s for a in found.answers],
             "token_ms": [1e3 * a.token_s for a in found.answers],
@@ -336,6 +342,7 @@ def measure(
         asks = texts.asks(requests)
         for side in (*sides[turn % len(sides) :], *sides[: turn % len(sides)]):
             passes[side.name].append(side.run(asks))
+        print(f"  round {turn + 1} of {rounds}", flush=True)
     return [summary(side, passes[side.name]) for side in sides]
 
 
@@ -389,7 +396,7 @@ def bench(name: str, options: argparse.Namespace, report: Report) -> bool:
             noun = "thread" if count == 1 else "threads"
             sides.append(loop_side(loop, f"generate, {count} {noun}", count, 1))
             sides.append(loop_side(loop, f"batches of {BATCH}, {count} {noun}", count, BATCH))
-        same = agreement(sides, texts.asks(2 * BATCH))
+        same = agreement(sides, texts.asks(min(2 * BATCH, options.requests)))
         print(f"{name}: {same:.0%} of answers are the same on all sides")
         if same < AGREE:
             return False
@@ -465,6 +472,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     options = read(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the servers would stay behind
     choose_threads(options.threads)
     data = machine(options)
     path = options.json or Path("results") / f"serve-{slug(data['cpu'])}.json"
@@ -482,7 +490,8 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--clients"]:  # the clients' process
+        url, count, process = sys.argv[2:]
         asked = [Ask(*ask) for ask in json.load(sys.stdin)]
-        print(json.dumps(asyncio.run(clients(sys.argv[2], int(sys.argv[3]), asked))))
+        print(json.dumps(asyncio.run(clients(url, int(count), int(process), asked))))
         sys.exit(0)
     sys.exit(main())
