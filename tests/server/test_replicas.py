@@ -124,7 +124,7 @@ class Process:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Process]:
-    process = Process(folder, "--replicas", "2", "--port", "0", "--max-sequences", "4")
+    process = Process(folder, "--replicas", "2", "--port", "0", "--max-sequences", "8")
     try:
         yield process.ready()
     finally:
