@@ -144,6 +144,9 @@ class Bench:
 
     def hymba(self) -> None:
         model = self.model(self.options.preset)
+        most = max(self.options.batches)
+        physical = self.row(LLAMA, Config.preset(LLAMA), most, 1.0)["limit_tokens_per_s"]
+        self.report.put(peer={"name": LLAMA, "batch": most, "limit_tokens_per_s": physical})
         for batch in self.options.batches:
             attempt(f"batch {batch}", lambda b=batch: self.decode(self.options.preset, model, b))
         for part, work in (("prefill", self.prefill), ("sampling", self.sampling)):

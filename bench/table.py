@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The README's figures of a GPU, written from results/ops-*, train-* and prefill-*.json.
+"""The README's figures of a GPU, written from results/ops-*, train-*, prefill- and engine-*.json.
 
     python -m bench.table            writes them between the two markers in README.md
     python -m bench.table --check    says whether they are what the results say (1 if not)
@@ -55,6 +55,7 @@ def generate(folder: Path) -> str:
         ("ops", ops_table),
         ("train", train_table),
         ("prefill", prefill_table),
+        ("engine", engine_table),
     )
     parts = [make(data) for name, make in makers for data in found(folder, name)]
     return "\n\n".join(parts) if parts else "No results of a GPU are kept here."
@@ -150,6 +151,59 @@ def prefill_table(data: Mapping[str, Any]) -> str:
         figures = f"{row['ms']:.1f} | {row['tokens_per_s']:,} | {row['mfu']:.1%}"
         lines.append(f"| {row['name']} | {figures} |")
     return "\n".join(lines)
+
+
+def engine_table(data: Mapping[str, Any]) -> str:
+    lines = [
+        headed(data, f"Decoding behind {data['context']} tokens a sequence, bfloat16,"),
+        "",
+        "| | batch | ms a step | tokens a second | limit of the bytes | share | over it, a layer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in data.get("results", []):
+        figures = f"{row['batch']} | {row['ms']:.3g} | {row['tokens_per_s']:,}"
+        limit = f"{row['limit_tokens_per_s']:,} | {row['share']:.1%}"
+        over = "" if row["name"].startswith("transformers") else f"{row['over_us_per_layer']} µs"
+        lines.append(f"| {row['name']} | {figures} | {limit} | {over} |")
+    return "\n".join([*lines, "", " ".join(engine_notes(data))])
+
+
+def engine_notes(data: Mapping[str, Any]) -> list[str]:
+    """What a table has no columns for, as far as it was measured."""
+    notes = [
+        "The limit is what must be moved, once, over the bandwidth of the same run; layers that"
+        " share K/V read it again, which is not counted."
+    ]
+    ours = [row for row in data.get("results", []) if row["name"] == data["model"]]
+    best, peer = max(ours, key=lambda row: row["batch"], default=None), data.get("peer")
+    if best and peer:
+        times = best["tokens_per_s"] / peer["limit_tokens_per_s"]
+        notes.append(
+            f"{data['model']} at batch {best['batch']} is {times:.2f} times the *limit* of"
+            f" {peer['name']} at batch {peer['batch']} on this GPU"
+            f" ({peer['limit_tokens_per_s']:,} tokens a second)."
+        )
+    first = data.get("prefill")
+    if first:
+        notes.append(
+            f"A prompt of {first['tokens']:,} tokens has its first token after"
+            f" {first['first_token_ms']:.1f} ms, of which the forward alone takes"
+            f" {first['forward_ms']:.1f} ({first['share']:.0%})."
+        )
+    if best:
+        held = best["cache"]
+        notes.append(
+            f"A sequence holds {held['per_sequence'] / 1e6:.1f} MB as allocated, and all together"
+            f" {held['meta_once'] / 1e6:.1f} MB of what the meta tokens left."
+        )
+    same = data.get("agreement")
+    if same:
+        notes.append(
+            f"Of a trained model's tokens {same['greedy']:.1%} (greedy) and"
+            f" {same['temperature 0.8']:.1%} (drawn at temperature 0.8) are the same alone and in a"
+            " batch of 16, in bfloat16; in float32 all are."
+        )
+    return notes
 
 
 def placed(text: str, table: str) -> str:

@@ -23,7 +23,7 @@ from hymba.config import Config
 from hymba.model.decoder import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("ops", "train", "prefill")
+PROGRAMS = ("ops", "train", "prefill", "engine")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 
 
@@ -57,6 +57,9 @@ def test_examples_are_accepted(program: ModuleType) -> None:
         ("train", ["--rows", "0"]),
         ("train", ["--variants", "theirs"]),
         ("prefill", ["--tokens", "0"]),
+        ("engine", ["--batches", "1,0"]),
+        ("engine", ["--skip", "lama"]),
+        ("engine", ["--context", "100"]),
     ],
 )
 def test_wrong_options_are_refused(

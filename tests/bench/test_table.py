@@ -90,3 +90,23 @@ def test_a_readme_without_markers_is_said(results: Path, tmp_path: Path) -> None
     (tmp_path / "README.md").write_text("nothing here\n")
     with pytest.raises(SystemExit, match="needs the lines"):
         table.main(["--results", str(results), "--readme", str(tmp_path / "README.md")])
+
+
+def test_engine(tmp_path: Path) -> None:
+    row = {"name": "hymba-1.5b", "batch": 128, "ms": 5.912, "tokens_per_s": 21651, "share": 0.5791}
+    row |= {"limit_tokens_per_s": 37390, "over_us_per_layer": 77.7}
+    row |= {"cache": {"per_sequence": 81_905_920, "meta_once": 11_345_920}}
+    theirs = row | {"name": "transformers, static cache", "batch": 1, "ms": 25.6}
+    prefill = {"tokens": 8064, "first_token_ms": 74.24, "forward_ms": 68.9, "share": 0.93}
+    data = HEAD | {"benchmark": "engine", "model": "hymba-1.5b", "context": 8064}
+    data |= {"results": [row, theirs], "prefill": prefill}
+    data |= {"peer": {"name": "llama-3.2-3b", "batch": 128, "limit_tokens_per_s": 4240}}
+    data |= {"agreement": {"greedy": 0.945, "temperature 0.8": 0.93}}
+    (tmp_path / "engine-h200.json").write_text(json.dumps(data))
+    made = table.generate(tmp_path)
+    assert "| hymba-1.5b | 128 | 5.91 | 21,651 | 37,390 | 57.9% | 77.7 µs |" in made
+    assert "| transformers, static cache | 1 | 25.6 | 21,651 | 37,390 | 57.9% |  |" in made
+    assert "first token after 74.2 ms, of which the forward alone takes 68.9 (93%)" in made
+    assert "5.11 times the *limit* of llama-3.2-3b at batch 128 on this GPU (4,240" in made
+    assert "81.9 MB as allocated, and all together 11.3 MB" in made
+    assert "94.5% (greedy) and 93.0% (drawn at temperature 0.8)" in made
