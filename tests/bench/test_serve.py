@@ -64,6 +64,16 @@ def test_a_summary_has_medians_of_rounds_and_quantiles_of_requests() -> None:
     assert "load" not in row and "token_ms" not in row
 
 
+def test_answers_agree_until_they_differ() -> None:
+    sides = [
+        serve.Side(str(texts), 1, lambda asks, texts=texts: {"texts": texts})
+        for texts in (["abcd", "ef"], ["abcd", "ef"], ["abxd", "ef"])
+    ]
+    asks = [serve.Ask("?", 4)] * 2
+    assert serve.agreement(sides[:2], asks) == 1
+    assert serve.agreement(sides, asks) == 0.75
+
+
 @pytest.mark.slow
 def test_a_small_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -84,4 +94,4 @@ def test_a_small_run(
     assert all(row["model"] == "demo" and row["requests_per_s"] > 0 for row in report["results"])
     assert server["first_ms"]["median"] > 0 and "first_ms" not in loop
     assert batches["side"] == "batches of 8, 1 thread"
-    assert "of answers are the same" in capsys.readouterr().out
+    assert "text is the same on all sides" in capsys.readouterr().out
