@@ -327,11 +327,9 @@ def figures(asks: Sequence[Ask], seconds: float, worked: float) -> dict[str, Any
 
 
 def agreement(sides: Sequence[Side], asks: Sequence[Ask]) -> float:
-    """Share of the answers' text that the side that differs most says as the first side does,
-    before their first difference."""
+    """Share of the answers' text before a difference, of the side that is least like the first."""
     first, *others = (side.run(asks)["texts"] for side in sides)
-    same = [sum(map(_shared, first, other)) / len(asks) for other in others]
-    return min(same, default=1.0)
+    return min(sum(map(_shared, first, other)) / len(asks) for other in others)
 
 
 def _shared(one: str, other: str) -> float:
