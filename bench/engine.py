@@ -180,7 +180,7 @@ class Bench:
             cache.reset(0)
             model.logits(model(ids, batch, cache)[-1:])
 
-        ours, forward = (median_ms(work) for work in (first_token, plain))
+        ours, forward = medians_ms(first_token, plain)
         share = rounded(forward / ours)
         row = {"tokens": context, "first_token_ms": ours, "forward_ms": forward, "share": share}
         print(
@@ -240,15 +240,17 @@ def answers(
     return [said[request] for request in requests]
 
 
-def median_ms(work: Callable[[], None], runs: int = 5) -> float:
-    found = []
+def medians_ms(*works: Callable[[], None], runs: int = 9) -> list[float]:
+    """Of each, in turns, so that a host that is slow for a while is slow for all."""
+    found: list[list[float]] = [[] for _ in works]
     for _ in range(runs + 2):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        found.append(1e3 * (time.perf_counter() - begin))
-    return rounded(statistics.median(found[2:]))
+        for work, times in zip(works, found, strict=True):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return [rounded(statistics.median(times[2:])) for times in found]
 
 
 @torch.no_grad()

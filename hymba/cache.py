@@ -146,9 +146,9 @@ class SSMStore:
         self.start, self.conv, self.ssm = start, conv, ssm
 
     def write(self, slots: Sequence[int], conv: Tensor, ssm: Tensor) -> None:
-        index = send(torch.tensor(list(slots)), self.conv.device)
-        self.conv[index] = conv.to(self.conv.dtype)
-        self.ssm[index] = ssm.to(self.ssm.dtype)
+        where = _where(slots, self.conv.device)
+        self.conv[where] = conv.to(self.conv.dtype)
+        self.ssm[where] = ssm.to(self.ssm.dtype)
 
     def select(self, slots: Tensor) -> None:
         self.conv, self.ssm = self.conv[slots], self.ssm[slots]
@@ -160,11 +160,18 @@ class SSMStore:
         self.conv[slot], self.ssm[slot] = kept
 
 
+def _where(slots: Sequence[int], device: torch.device) -> slice | Tensor:
+    """An index of rows: neighbours, or a slot alone, as a slice, which copies nothing and has
+    nothing to send."""
+    first, count = slots[0], len(slots)
+    if list(slots) == list(range(first, first + count)):
+        return slice(first, first + count)
+    return send(torch.tensor(list(slots)), device)
+
+
 def _rows(x: Tensor, slots: Sequence[int]) -> Tensor:
-    """Rows of the slots asked for; a view where that is all of them in order."""
-    if list(slots) == list(range(x.shape[0])):
-        return x
-    return x[send(torch.tensor(list(slots)), x.device)]
+    """Rows of the slots asked for; a view where they are neighbours in order."""
+    return x[_where(slots, x.device)]
 
 
 def _places(

@@ -193,5 +193,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     x = args[0]
     if meta.get("CHAINED"):
         meta["launch_pdl"] = True
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
         kernel[grid](*args, **meta)
