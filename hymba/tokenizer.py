@@ -162,7 +162,10 @@ class Tokenizer:
         play another role, unless `special` says that it was rendered by a chat template.
         """
         inner = self._marked if special else self._plain
-        ids: list[int] = inner.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = inner.encode(text, add_special_tokens=False).ids
+        except TypeError:  # half a surrogate pair, which bytes that are no UTF-8 become too
+            raise TokenizerError("this is no text: a string in valid UTF-8 is needed") from None
         return [self._require("bos"), *ids] if bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -76,6 +76,13 @@ def test_text_cannot_forge_a_special_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("a</s>b", special=True).count(2) == 1
 
 
+def test_what_is_no_text_is_told(tokenizer: Tokenizer) -> None:
+    """Half a surrogate pair: what Python makes of an argument that is no UTF-8."""
+    for wrong in ("\ud800", "a\udcff"):
+        with pytest.raises(TokenizerError, match="UTF-8"):
+            tokenizer.encode(wrong)
+
+
 def test_too_small_a_vocabulary_is_refused() -> None:
     with pytest.raises(TokenizerError, match="259 or more"):
         Tokenizer.train(TEXTS, vocab_size=258)

@@ -194,9 +194,10 @@ def _answer_prompts(llm: LLM, prompts: list[str], sampling: Sampling) -> int:
 def _stream_one(
     llm: LLM, prompts: list[str], sampling: Sampling, after_step: Callable[[], None]
 ) -> None:
-    _show(prompts[0])
+    before = prompts[0]  # shown once it is taken
     for delta in llm.stream(prompts[0], sampling):
-        _show(delta.text)
+        _show(before + delta.text)
+        before = ""
         after_step()
     _show("\n")
 

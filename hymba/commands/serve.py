@@ -203,6 +203,9 @@ def _name(model: str) -> str:
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
+    from hymba.engine.sampling import Sampling
+    from hymba.server.settings import defaults_of, eos_of
+
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
@@ -210,7 +213,13 @@ def _generation_config(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    try:
+        defaults = defaults_of(found)
+        Sampling(stop_ids=eos_of(found), **defaults | {"top_k": max(0, defaults.get("top_k", 0))})
+    except UserError as error:  # now, and not with each call that leaves it open
+        raise UserError(f"{path}: {error}") from None
+    return found
 
 
 def _tell(host: str, port: int, settings: Settings) -> None:

@@ -36,6 +36,8 @@ class Limits:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UserError(f"{name} must be a whole number, 0 or more, got {value!r}")
+        if self.max_tokens == 1:
+            raise UserError("max_tokens must be 2 or more: a prompt and an answer have one each")
         if self.queue == 0:
             raise UserError("queue must be 1 or more: nobody could be served without waiting")
 

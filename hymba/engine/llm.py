@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Ids of a text as prompts begin: with the model's first token, where it has one."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _ids(prompt)
         tokenizer = self.tokenizer_or_error()
         return tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
 
@@ -176,6 +177,16 @@ class LLM:
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: give token ids")
         return self.tokenizer
+
+
+def _ids(prompt: Sequence[int]) -> list[int]:
+    """Token ids from any sequence of whole numbers; of bytes too, but those are a text's."""
+    found = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+    if isinstance(found, Iterable) and not isinstance(found, bytes | bytearray):
+        ids = list(found)
+        if all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+            return ids
+    raise UserError(f"a prompt is a text or a list of token ids, got {repr(prompt)[:60]}")
 
 
 def in_order(done: Iterable[tuple[int, Output | UserError]]) -> Iterator[Output]:

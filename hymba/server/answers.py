@@ -98,8 +98,9 @@ class Completions(Writer):
             shown.tokens.append(text)
             shown.token_logprobs.append(one.logprob)
             shown.text_offset.append(self._lengths[index])
-            content = self._tokenizer.token_bytes(one.token)
-            self._lengths[index] += len(self._readers[index].decode(content))
+            if one.token not in self._tokenizer.special_ids:  # those are not in the text
+                content = self._tokenizer.token_bytes(one.token)
+                self._lengths[index] += len(self._readers[index].decode(content))
             if shown.top_logprobs is not None:
                 likeliest = {self._shown(token): value for token, value in one.top}
                 shown.top_logprobs.append(likeliest | {text: one.logprob})

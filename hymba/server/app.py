@@ -127,7 +127,8 @@ class Server:
         try:
             if self.tokenizer.has_chat_template:  # transformers takes seconds to import
                 await asyncio.to_thread(self.tokenizer.prepare_chat)
-            await self.service.warm_up(self.reader.encode("a") or [0])
+            prompt = self.reader.encode("a")[: self.positions - 1]
+            await self.service.warm_up(prompt or [0])
             log.info("%s is ready", self.settings.model)
         except Exception:
             log.exception("the first answer failed; the server stays not ready")

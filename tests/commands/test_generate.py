@@ -227,6 +227,8 @@ def test_a_schema_in_a_file(run: Run, tmp_path: Path) -> None:
         (["x", "--json-schema", "nowhere.json"], "nowhere.json: no such file"),
         (["x", "--json-schema", "{"], "json_schema"),
         (["x", "--regex", "a", "--json-object"], "only one"),
+        (["x", "--regex", "("], "regex"),
+        (["\udcff"], "UTF-8"),
         (["to be " * 3000], "tokens"),
         (["x", "y", "to be " * 3000], "tokens"),
     ],
@@ -234,6 +236,7 @@ def test_a_schema_in_a_file(run: Run, tmp_path: Path) -> None:
 def test_mistakes_are_one_line(run: Run, argv: list[str], words: str) -> None:
     ran = run(*argv)
     assert ran.code == 2 and ran.err.count("\n") == 1 and words in ran.err, ran.err
+    assert ran.out == ""
 
 
 def test_help_has_examples(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

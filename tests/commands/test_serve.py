@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,8 +144,22 @@ def test_mistakes_are_one_line(
             ([str(folder), "--timeout", "0"], "--timeout must be over 0"),
             ([str(folder), "--api-key", ""], "--api-key is empty"),
             ([str(folder), "--max-tokens", "-1"], "max_tokens must be"),
+            ([str(folder), "--max-tokens", "1"], "max_tokens must be 2 or more"),
             ([str(folder / "none"), "--port", "0"], "none"),
         ):
             assert main(["serve", *arguments]) == 2
             error = capsys.readouterr().err
             assert said in error and error.count("\n") == 1, error
+
+
+def test_defaults_that_no_call_could_have_are_told_at_the_start(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (given, said) in enumerate(
+        (('{"top_p": 7}', "top_p"), ('{"eos_token_id": [2, -4]}', "stop_ids"))
+    ):
+        other = shutil.copytree(folder, tmp_path / str(number))
+        (other / "generation_config.json").write_text(given)
+        assert main(["serve", str(other), "--port", "0"]) == 2
+        error = capsys.readouterr().err
+        assert f"generation_config.json: {said} must be" in error and error.count("\n") == 1, error

@@ -35,6 +35,11 @@ def test_limits_are_whole_numbers(name: str, value: Any) -> None:
         Limits(**{name: value})
 
 
+def test_a_sequence_has_room_for_an_answer() -> None:
+    with pytest.raises(UserError, match="max_tokens must be 2 or more"):
+        Limits(max_tokens=1)
+
+
 def test_a_queue_holds_somebody() -> None:
     """An engine that nobody may wait for would refuse everything."""
     with pytest.raises(UserError, match="queue must be 1 or more"):

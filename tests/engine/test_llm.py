@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hymba.engine import LLM, Completion, Limits, Sampling, generate
 from hymba.errors import UserError
@@ -162,4 +163,8 @@ def test_what_is_told(model: LanguageModel, llm: LLM) -> None:
         llm.chat([{"role": "user", "content": "x"}])
     with pytest.raises(UserError, match="the prompt is empty"):
         list(llm.generate(["a", []]))
+    for wrong in (b"abc", 5, None, [1.5], [True], ["a"], [[1]]):
+        with pytest.raises(UserError, match="a text or a list of token ids"):
+            llm.generate([wrong])  # type: ignore[list-item]
+    assert llm.encode(torch.tensor([5, 6])) == llm.encode((5, 6)) == [5, 6]  # type: ignore[arg-type]
     assert not llm.engine.busy

@@ -115,6 +115,14 @@ def test_completion_logprobs(post: Any) -> None:
     assert bare["top_logprobs"] is None and bare["token_logprobs"] == found["token_logprobs"]
 
 
+def test_offsets_do_not_count_special_tokens(post: Any) -> None:
+    """They have a name but are not in the text."""
+    answer = complete(post, max_tokens=3, logprobs=0, logit_bias={"1": 100})
+    assert text(answer) == ""
+    assert answer["choices"][0]["logprobs"]["tokens"] == ["<s>"] * 3
+    assert answer["choices"][0]["logprobs"]["text_offset"] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_streams_carry_logprobs(served: Any, path: str) -> None:
     chat = "chat" in path
