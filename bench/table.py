@@ -170,9 +170,11 @@ def engine_table(data: Mapping[str, Any]) -> str:
 
 def engine_notes(data: Mapping[str, Any]) -> list[str]:
     """What a table has no columns for, as far as it was measured."""
+    limits = data["ceilings"]
+    fastest = max(limits.get("read_bytes_per_s", 0), limits["copy_bytes_per_s"]) / 1e12
     notes = [
-        "The limit is what must be moved, once, over the bandwidth of the same run; layers that"
-        " share K/V read it again, which is not counted."
+        f"The limit is what must be moved, once, over the {fastest:.2f} TB/s of the same run;"
+        " layers that share K/V read it again, which is not counted."
     ]
     ours = [row for row in data.get("results", []) if row["name"] == data["model"]]
     best, peer = max(ours, key=lambda row: row["batch"], default=None), data.get("peer")
