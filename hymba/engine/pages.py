@@ -32,6 +32,9 @@ class Pages:
         """Pages that a sequence of so many tokens lies in."""
         return -(-tokens // self.size) if self.count else 0
 
+    def owners(self, page: int) -> int:
+        return self._owners[page]
+
     def take(self, count: int) -> list[int]:
         """So many fresh pages. MemoryError, nothing taken, where there are not as many."""
         if count > len(self._free):

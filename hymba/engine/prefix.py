@@ -98,6 +98,10 @@ class Prefixes:
         self.nbytes -= entry.nbytes
         return entry.kept
 
+    def spare(self) -> Iterator[Entry]:
+        """Those that nobody waits for."""
+        return (entry for entry in self._entries.values() if not entry.waiting)
+
     def parting(self, prompt: Sequence[int]) -> int:
         """Where `prompt` parts from those asked before: tokens of the longest common beginning,
         0 where it is too short. From now on it is one of them."""

@@ -14,7 +14,7 @@ stops; and what cannot fit alone is not taken in at all.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -190,13 +190,21 @@ class Scheduler:
         return True
 
     def _find_pages(self, count: int) -> bool:
-        """Whether so many are free, once what is only kept for later has gone."""
+        """Whether so many are free, once what is only kept for later has gone: which it does only
+        where that is enough."""
+        if self.pages.free < count and self.pages.free + self._to_spare() < count:
+            return False
         while self.pages.free < count:
             kept = self.prefixes.evict()
             if kept is None:
                 return False
             self.pages.give_back(kept.pages)
         return True
+
+    def _to_spare(self) -> int:
+        """Pages that nobody owns but beginnings which may go."""
+        kept = Counter(page for entry in self.prefixes.spare() for page in entry.kept.pages)
+        return sum(self.pages.owners(page) == count for page, count in kept.items())
 
     # ---- in and out
 

@@ -72,7 +72,11 @@ class Watched(Scheduler):
     """Looks at what cannot be seen from outside any more once a plan is made."""
 
     def _preempt(self, branch: Branch, plan: Plan) -> None:
-        spare = [e for e in self.prefixes._entries.values() if not e.waiting]
+        owned = Counter(
+            p for e in self.prefixes._entries.values() if e.waiting for p in e.kept.pages
+        )
+        owned.update(page for other in self.running for page in other.pages)
+        spare = [e for e in self.prefixes._entries.values() if not set(e.kept.pages) <= set(owned)]
         assert not spare, "what is only kept for later goes before anyone is preempted"
         assert branch is self.running[-1], "the youngest goes first"
         super()._preempt(branch, plan)
@@ -450,6 +454,20 @@ def test_a_beginning_stays_until_it_is_copied() -> None:
     assert len(scheduler.prefixes) == 1
     assert [start.branch for start in scheduler.plan().starts] == [second]
     assert len(scheduler.prefixes) == 0
+
+
+def test_what_is_kept_does_not_go_in_vain() -> None:
+    """The head of the line needs more than is free and kept together: it waits, and what is kept
+    stays until it is of use."""
+    scheduler = serve(slots=2, pages=6)
+    first = Branch([7] * 12, 9)
+    scheduler.add(first)
+    scheduler.plan()  # it has three pages
+    kept(scheduler, [1, 2, 3, 4])
+    scheduler.add(Branch([9] * 16, 1))  # needs four; two are free, one is kept
+    assert not scheduler.plan().starts and len(scheduler.prefixes) == 1
+    scheduler.remove(first)
+    assert scheduler.plan().starts and len(scheduler.prefixes) == 1
 
 
 def test_nobody_leaves_and_comes_back_at_one_step() -> None:
