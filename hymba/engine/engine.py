@@ -118,7 +118,9 @@ class Engine:
     def add(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request:
         """Continue a prompt (token ids). UserError for what cannot be served, QueueFull where too
         many wait."""
-        sampling = sampling or Sampling()
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise UserError(f"sampling must be a Sampling, got {repr(sampling)[:60]}")
         tokens = self._checked(prompt, sampling)
         room = min(sampling.max_tokens, self.room.max_tokens - len(tokens))
         request = Request(self._count, tuple(tokens), sampling)

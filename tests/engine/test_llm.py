@@ -166,5 +166,8 @@ def test_what_is_told(model: LanguageModel, llm: LLM) -> None:
     for wrong in (b"abc", 5, None, [1.5], [True], ["a"], [[1]]):
         with pytest.raises(UserError, match="a text or a list of token ids"):
             llm.generate([wrong])  # type: ignore[list-item]
+    for how in ({"max_tokens": 2}, {}, 5):
+        with pytest.raises(UserError, match="sampling must be a Sampling"):
+            list(llm.generate(["a"], how))  # type: ignore[arg-type]
     assert llm.encode(torch.tensor([5, 6])) == llm.encode((5, 6)) == [5, 6]  # type: ignore[arg-type]
     assert not llm.engine.busy
