@@ -3,13 +3,15 @@
 `hymba --help` and `hymba --version` import nothing but this file. A command stands in COMMANDS
 when it works; its module has `main(argv) -> exit code` and reads its own options.
 
-Exit codes: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted. Anything else that
-goes wrong is our mistake and keeps its traceback.
+Exit codes: 0 done, 2 the user's mistake (one line on stderr), 3 done but for lines of a batch job
+that could not be answered, 130 interrupted. Anything else that goes wrong is our mistake and keeps
+its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -22,11 +24,12 @@ from hymba.errors import UserError
 COMMANDS = {
     "chat": ("hymba.commands.chat", "talk to a model in the terminal"),
     "demo": ("hymba.commands.demo", "train a small model on this machine and look at it"),
-    "generate": ("hymba.commands.generate", "continue a prompt from a model folder"),
+    "generate": ("hymba.commands.generate", "continue prompts, or a file of them"),
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
     "serve": ("hymba.commands.serve", "an OpenAI-style server with a chat page"),
 }
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell counts signals
+FULL = (errno.ENOSPC, errno.EDQUOT)  # wherever it is written to, never our mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,14 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # `hymba info ... | head`: the reader has gone. Python flushes again at exit: to nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_to_nowhere()  # `hymba info ... | head`: the reader has gone
         return BROKEN_PIPE
     except (UserError, OSError, ImportError) as error:
         message = _users_mistake(error, argv)
         if message is None or os.environ.get("HYMBA_TRACEBACK"):
             raise
+        if getattr(error, "errno", None) in FULL:
+            _print_to_nowhere()
         return _complain(f"error: {message}", MISTAKE)
+
+
+def _print_to_nowhere() -> None:
+    """Python flushes what could not be printed again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(argv: Sequence[str]) -> int:
@@ -94,6 +103,8 @@ def _users_mistake(error: Exception, argv: Sequence[str]) -> str | None:
     path = getattr(error, "filename", None)
     if isinstance(error, OSError) and isinstance(path, str) and _was_named(path, argv):
         return f"{path}: {(error.strerror or 'cannot be used').lower()}"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return (error.strerror or "no space left").lower()
     return None
 
 

@@ -49,6 +49,7 @@ ONLY_IN = {
     "triton": re.compile(r"_triton\.py$"),
     "cuda": re.compile(r"_cuda\.py$"),
     "ray": re.compile(r"^server/replicas\.py$"),
+    "xgrammar": re.compile(r"^engine/grammar\.py$"),
     "lm_eval": re.compile(r"^eval/harness\.py$"),
     **dict.fromkeys(
         ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"),

@@ -152,13 +152,13 @@ def _open(options: Options) -> tuple[LLM, Settings]:
 
 def _open_replica(options: Options, share: Share) -> tuple[LLM, Settings]:
     """In a replica's process: its share of the machine."""
-    from hymba.engine.limits import HOST_SHARE, _host_memory
+    from hymba.engine.limits import HOST_SHARE, host_memory
 
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     if not options.cache_mb and not share.gpus:
-        most = int(HOST_SHARE * _host_memory()) // options.replicas
+        most = int(HOST_SHARE * host_memory()) // options.replicas
         options = replace(options, cache_mb=max(1, most // MEGABYTE))
     if not share.gpus:
         choose_threads(share.cpus)

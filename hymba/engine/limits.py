@@ -95,14 +95,14 @@ class Room:
 
 def _found(config: Config, step_tokens: int, device: torch.device, dtype: torch.dtype) -> int:
     if device.type != "cuda":
-        return int(HOST_SHARE * _host_memory())
+        return int(HOST_SHARE * host_memory())
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     widest = 2 * config.intermediate_size + 8 * config.inner_size + 4 * config.hidden_size
     return int(GPU_SHARE * (free - 2 * step_tokens * widest * dtype.itemsize))
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
     """Of the machine, or of the container that this runs in."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):

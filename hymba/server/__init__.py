@@ -6,6 +6,8 @@
     errors.py    mistakes in OpenAI's form     guard.py     key, sizes, drain: before any route
     metrics.py   counters for Prometheus       run.py       uvicorn, and what a signal does
     page/        the chat page, static
+    replicas.py  several models on Ray Serve, kept alive (the only file that imports ray)
+    front.py     the one address before them          affinity.py  which of them gets a call
 
 The only room that imports a web framework.
 """
