@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hymba.engine.sampling import Sampling
+from hymba.engine.schema import check_schema
 from hymba.errors import UserError
 from hymba.tokenizer import Tokenizer
 
@@ -60,8 +61,11 @@ class Grammars:
                 return compiler.compile_regex(sampling.regex)
             schema = sampling.json_schema
             text = schema if isinstance(schema, str) else json.dumps(schema or {"type": "object"})
+            check_schema(json.loads(text))
             return compiler.compile_json_schema(text, max_whitespace_cnt=WHITESPACE)
-        except (RuntimeError, ValueError) as error:
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, RecursionError) as error:
             what = "json_schema" if sampling.regex is None else "regex"
             raise UserError(f"{what} cannot be followed: {_reason(error)}") from error
 

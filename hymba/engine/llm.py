@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from numbers import Integral
@@ -30,7 +31,8 @@ class LLM:
         for output in llm.generate(["def fibonacci(n):"], Sampling(max_tokens=64)):
             print(output.text)
 
-    Not for several threads at once: a server has `hymba.engine.service.Service`."""
+    Several threads may share one: each steps for all. (A server has a thread for that,
+    `hymba.engine.service.Service`.)"""
 
     def __init__(
         self,
@@ -51,8 +53,10 @@ class LLM:
         self.model = model
         self.tokenizer = tokenizer or _tokenizer_of(folder)
         self.engine = Engine(model, self.tokenizer, limits)
-        # What was said and not yet taken, so that several generators may be read in turns.
+        # What was said and not yet taken, so that several generators may be read in turns, and in
+        # several threads.
         self._said: dict[Request, list[Delta]] = {}
+        self._lock = threading.RLock()
 
     def generate(
         self,
@@ -129,22 +133,27 @@ class LLM:
         return done
 
     def _ask(self, prompt: Prompt, sampling: Sampling | None) -> Request:
-        request = self.engine.add(self.encode(prompt), sampling)
-        self._said[request] = []
+        tokens = self.encode(prompt)
+        with self._lock:
+            request = self.engine.add(tokens, sampling)
+            self._said[request] = []
         return request
 
     def _step(self) -> None:
-        for delta in self.engine.step():
-            if delta.request in self._said:
-                self._said[delta.request].append(delta)
+        with self._lock:
+            for delta in self.engine.step():
+                if delta.request in self._said:
+                    self._said[delta.request].append(delta)
 
     def _take(self, request: Request) -> list[Delta]:
-        said, self._said[request] = self._said[request], []
+        with self._lock:
+            said, self._said[request] = self._said[request], []
         return said
 
     def _forget(self, request: Request) -> None:
-        del self._said[request]
-        self.engine.cancel(request)
+        with self._lock:
+            del self._said[request]
+            self.engine.cancel(request)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling: Sampling | None = None

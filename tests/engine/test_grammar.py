@@ -235,12 +235,30 @@ def test_answers_match_the_expression(
         ({"regex": "(a"}, "regex cannot be followed: Regex parsing error"),
         ({"json_schema": {"type": "thing"}}, 'json_schema cannot be followed: Unsupported type "t'),
         ({"json_schema": {"$ref": "#/no"}}, "json_schema cannot be followed: Cannot find field"),
+        ({"json_schema": {"$ref": "#"}}, "json_schema cannot be followed: it refers to itself"),
+        (
+            {"json_schema": {"multipleOf": 7}},
+            "json_schema cannot be followed: leave out multipleOf",
+        ),
+        (
+            {"json_schema": {"properties": {"a": {"items": {"not": {}, "uniqueItems": True}}}}},
+            "json_schema cannot be followed: leave out not, uniqueItems",
+        ),
+        (
+            {"json_schema": {"anyOf": [{"allOf": [{"type": "integer"}, {"minimum": 3}]}]}},
+            "json_schema cannot be followed: allOf of several",
+        ),
     ],
 )
 def test_what_cannot_be_followed(tokenizer: Tokenizer, how: Any, message: str) -> None:
     with pytest.raises(UserError) as refused:
         grammars(tokenizer).matcher(Sampling(**how))
     assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+
+
+def test_names_are_no_keywords(tokenizer: Tokenizer) -> None:
+    schema = {"properties": {"not": {"const": 1}, "if": {"type": "null"}}, "uniqueItems": False}
+    assert grammars(tokenizer).matcher(Sampling(json_schema=schema)) is not None
 
 
 def test_a_tokenizer_without_bytes() -> None:

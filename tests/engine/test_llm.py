@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,13 @@ def test_what_is_told(model: LanguageModel, llm: LLM) -> None:
             list(llm.generate(["a"], how))  # type: ignore[arg-type]
     assert llm.encode(torch.tensor([5, 6])) == llm.encode((5, 6)) == [5, 6]  # type: ignore[arg-type]
     assert not llm.engine.busy
+
+
+def test_several_threads_share_one(llm: LLM) -> None:
+    """Each thread steps for all: nobody takes another's words, nobody waits for ever."""
+    prompts = [[1, 2, 3 + i] for i in range(4)]
+    how = Sampling(max_tokens=12, stop_ids=())
+    want = [output.tokens for output in llm.generate(prompts, how)]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(lambda p=p: next(llm.generate([p], how)).tokens) for p in prompts * 3]
+        assert [each.result(timeout=60) for each in asked] == want * 3
