@@ -102,7 +102,10 @@ class Decoder(nn.Module):
     def pack(self) -> list[Tensor | None]:
         """`MLP.pack` of every layer (`Held.gate_up`); None where its projections are more than
         their weights."""
-        mlps = (block.mlp if block.is_bare() else None for block in self._each())
+        mlps = (
+            block.mlp if block.is_bare(self.final_norm.weight.device.type) else None
+            for block in self._each()
+        )
         return [None if mlp is None else mlp.pack() for mlp in mlps]
 
     def _each(self) -> Iterator[Block]:

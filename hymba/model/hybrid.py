@@ -188,7 +188,7 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
         """`forward` for a decode step: x (S, D), one new token of each sequence. x is used up."""
-        mixer, bare = self.mixer, self.is_bare()
+        mixer, bare = self.mixer, self.is_bare(x.device.type)
         if bare and len(x) <= ops.THIN_ROWS:
             return self.thin_step(x, rope, now)
         outs = mixer.step(mixer.in_proj(self.input_norm(x)), rope, now)
@@ -221,8 +221,11 @@ class Block(nn.Module):
         hidden = ops.norm_swiglu(x, self.mlp_norm.weight, norm.eps, gate, up)
         return ops.linear_add(hidden, mlp.down_proj.weight, x)
 
-    def is_bare(self) -> bool:
-        """Whether mixer and MLP are their weights and nothing more: no adapters, no hooks."""
+    def is_bare(self, device_type: str) -> bool:
+        """Whether mixer and MLP are their weights and nothing more: no adapters, no hooks, and no
+        autocast, which would make other weights of them."""
+        if torch.is_autocast_enabled(device_type):
+            return False
         parts: list[nn.Module] = [self.mixer] if self.mlp is None else [self.mixer, self.mlp]
         inner = [part for module in parts for part in module.children()]
         linears = [x for x in inner if not isinstance(x, (SSM, RMSNorm))]

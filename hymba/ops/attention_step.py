@@ -66,6 +66,9 @@ def attention_step(
     """As `attention_step_reference`. On a CPU row by row, each page where it lies: to gather the
     pages of all rows first took 1.5 to 8 times as long. On a device the host would have to wait for
     the counts, so there all rows are gathered."""
+    if torch.is_autocast_enabled(q.device.type):  # dtypes are seen to here
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_step(q, store_k, store_v, table, counts, most, meta)
     by_row = q.device.type == "cpu"
     wide, groups = torch.promote_types(q.dtype, torch.float32), store_k.shape[1]
     rows = q.to(wide).unflatten(1, (groups, -1)) * q.shape[-1] ** -0.5  # (S, G, H/G, h)
