@@ -28,6 +28,7 @@ COMMANDS = {
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
     "serve": ("hymba.commands.serve", "an OpenAI-style server with a chat page"),
 }
+EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve")
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell counts signals
 FULL = (errno.ENOSPC, errno.EDQUOT)  # wherever it is written to, never our mistake
 
@@ -118,7 +119,8 @@ def _missing_package(error: ImportError) -> str | None:
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package in ("", "hymba"):
         return None
-    return f"this command needs the package {package}: pip install {package}"
+    wanted = f"'hymba[{EXTRAS[package]}]'" if package in EXTRAS else package
+    return f"this command needs the package {package}: pip install {wanted}"
 
 
 def _complain(message: str, code: int) -> int:

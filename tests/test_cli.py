@@ -81,6 +81,8 @@ def test_mistakes_are_one_line(command: Install, capsys: pytest.CaptureFixture[s
         assert line.endswith(" runs/x/config.json: no such file or directory\n")
     command(ModuleNotFoundError("No module named 'tyro'", name="tyro.conf"))
     assert "pip install tyro" in mistake(capsys, "broken")
+    command(ModuleNotFoundError("No module named 'fastapi'", name="fastapi"))
+    assert "pip install 'hymba[serve]'" in mistake(capsys, "broken")
 
 
 @pytest.mark.parametrize(
