@@ -99,13 +99,14 @@ class Engine:
         with torch.no_grad():
             meta = model.decoder.meta_states()
         self.store = Store(config, room.sequences, room.pages, room.max_tokens, meta, like)
+        self._allocated = self.store.nbytes()  # for good; a server asks after each step
         self.pages = Pages(room.pages, room.block)
         self.prefixes = Prefixes(room.prefix_bytes, self.limits.shortest_prefix)
         self.scheduler = Scheduler(room.sequences, self.pages, room.step_tokens, self.prefixes)
         self.runner = Runner(model, self.store)
         self.sampler = Sampler(self.store.slots, config.vocab_size, model.device)
         self.ahead = ahead if ahead is not None else int(model.device.type == "cuda")
-        size, stop_ids = config.vocab_size, self._stop_ids(Sampling())
+        size, stop_ids = config.vocab_size, Sampling().ends(config.eos_token_id)
         self.grammars = Grammars(tokenizer, size, stop_ids) if tokenizer else None
         self._branches: dict[Request, list[Branch]] = {}  # those that go on
         self._flights: deque[_Flight] = deque()
@@ -124,14 +125,15 @@ class Engine:
         tokens = self._checked(prompt, sampling)
         room = min(sampling.max_tokens, self.room.max_tokens - len(tokens))
         request = Request(self._count, tuple(tokens), sampling)
-        seed, matcher = sampling.some_seed(), self._matcher(sampling)
+        seed, matcher, stops = sampling.some_seed(), self._matcher(sampling), self._stops(tokens)
+        ends = sampling.ends(self.model.config.eos_token_id)
         self._count += 1
         branches = []
         for index in range(sampling.n):
-            job = _Job(request, index, seed, self._stop_ids(sampling), self._speech(sampling))
+            job = _Job(request, index, seed, ends, Speech(self.tokenizer, sampling.stop))
             job.matcher = matcher if index == 0 else self._matcher(sampling)
             constrained = matcher is not None
-            branches.append(Branch(list(tokens), room, job, constrained, self._stops(tokens)))
+            branches.append(Branch(list(tokens), room, job, constrained, list(stops)))
         branches[0].owner.followers = branches[1:]
         self._branches[request] = branches
         self.scheduler.add(branches[0])
@@ -172,8 +174,8 @@ class Engine:
             prefix_hit_tokens=self.prefixes.hit_tokens,
             prefix_bytes=self.prefixes.nbytes,
             cache_bytes=running * sizes.slot + self.pages.used * sizes.page + kept,
-            cache_bytes_total=self.store.nbytes()["total"] + kept,
-            meta_bytes=self.store.nbytes()["meta"],
+            cache_bytes_total=self._allocated["total"] + kept,
+            meta_bytes=self._allocated["meta"],
         )
 
     # ---- a step
@@ -400,15 +402,6 @@ class Engine:
         if len(self.scheduler.waiting) >= self.limits.queue:
             raise QueueFull(f"{len(self.scheduler.waiting)} requests wait already: try again later")
         return tokens
-
-    def _stop_ids(self, sampling: Sampling) -> tuple[int, ...]:
-        if sampling.stop_ids is not None:
-            return sampling.stop_ids
-        eos = self.model.config.eos_token_id
-        return () if eos is None else (eos,)
-
-    def _speech(self, sampling: Sampling) -> Speech:
-        return Speech(self.tokenizer, sampling.stop)
 
     def _matcher(self, sampling: Sampling) -> Matcher | None:
         if not sampling.constrained:

@@ -43,7 +43,7 @@ class _Sequence:
         self.sampling, self.seed = sampling, sampling.some_seed()
         self.tokenizer, self.matcher = tokenizer, matcher
         self.said = Completion()
-        self.stop_ids = _stop_ids(sampling, config)
+        self.stop_ids = sampling.ends(config.eos_token_id)
         self.room = min(sampling.max_tokens, config.max_positions - len(prompt))
 
     def choose(self, logits: Tensor) -> int:
@@ -174,15 +174,12 @@ def _sequences(
     return [_Sequence(i, prompt, how, config, tokenizer, m) for i, (prompt, how, m) in asked]
 
 
-def _stop_ids(sampling: Sampling, config: Config) -> tuple[int, ...]:
-    eos = () if config.eos_token_id is None else (config.eos_token_id,)
-    return eos if sampling.stop_ids is None else sampling.stop_ids
-
-
 def _matcher(sampling: Sampling, config: Config, tokenizer: Tokenizer | None) -> Matcher | None:
     if tokenizer is None:
         return None
-    return Grammars(tokenizer, config.vocab_size, _stop_ids(sampling, config)).matcher(sampling)
+    return Grammars(tokenizer, config.vocab_size, sampling.ends(config.eos_token_id)).matcher(
+        sampling
+    )
 
 
 def _check_sampling(sampling: Sampling, config: Config, tokenizer: Tokenizer | None) -> None:

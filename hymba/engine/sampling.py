@@ -121,6 +121,12 @@ class Sampling:
         """`logit_bias` as it is kept: (token, what is added), in order of the tokens."""
         return self.logit_bias if isinstance(self.logit_bias, tuple) else ()
 
+    def ends(self, eos: int | None) -> tuple[int, ...]:
+        """Ids that end an answer; `eos` is the model's own."""
+        if self.stop_ids is not None:
+            return self.stop_ids
+        return () if eos is None else (eos,)
+
     def some_seed(self) -> int:
         """The seed, or a fresh one where none was asked for."""
         return secrets.randbits(63) if self.seed is None else int(self.seed)
