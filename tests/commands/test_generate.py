@@ -14,7 +14,6 @@ pytest.importorskip("tyro", reason="the commands read their options with tyro")
 
 from tests.commands.generating import Run, expected  # noqa: E402
 
-FULL = Path("/dev/full")
 ROOT = Path(__file__).resolve().parents[2]
 
 

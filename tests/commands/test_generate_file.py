@@ -23,7 +23,6 @@ from hymba.tokenizer import Tokenizer  # noqa: E402
 from tests.commands.generating import Ran, Run, as_jsonl, expected  # noqa: E402
 
 FULL = Path("/dev/full")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---- batch jobs: what is asked, what is answered
