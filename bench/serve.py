@@ -45,7 +45,7 @@ from hymba.config import Config
 from hymba.model.decoder import LanguageModel
 from hymba.recipes import demo
 from hymba.tokenizer import Tokenizer
-from hymba.train.data import python_library
+from hymba.train.sources import python_library
 from hymba.weights import save
 
 EXAMPLES = """examples:

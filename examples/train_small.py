@@ -15,7 +15,7 @@ import hymba
 from hymba.model.decoder import LanguageModel
 from hymba.tokenizer import Tokenizer
 from hymba.train import Schedule, TrainConfig, Trainer, prepare, python_library, split
-from hymba.train.data import Files
+from hymba.train.sources import Files
 
 
 def main(folder: Path, steps: int) -> None:

@@ -8,7 +8,7 @@ the gradient of one big batch, because each micro-batch counts by its labels. A 
 killed and resumed gives, on one machine with the same threads, the same losses bit for bit as one
 that was not: learning rate and data are functions of the step, and the rest is in the checkpoint.
 
-Not here: the format of checkpoints (resume.py), what rows there are (data.py), several processes.
+Not here: the format of checkpoints (resume.py), what rows there are (rows.py), several processes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from hymba.errors import UserError
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
 from hymba.train import metrics
-from hymba.train.data import HeldOut, Loader, Packed, Packer, TokenStore
 from hymba.train.optim import AdamWConfig, Schedule, adamw, clip, set_lr
 from hymba.train.resume import CheckpointError, Checkpoints, step_of
+from hymba.train.rows import HeldOut, Loader, Packed, Packer
+from hymba.train.store import TokenStore
 
 
 class TrainError(UserError):
@@ -243,8 +244,7 @@ class Trainer:
         }
 
     def _micro_batches(self) -> list[Packed]:
-        rows, micro = self.config.rows, self.config.micro_rows or self.config.rows
-        return [self.loader.take(min(micro, rows - done)) for done in range(0, rows, micro)]
+        return self.loader.take(self.config.rows, self.config.micro_rows)
 
     def _gradients(self, micro_batches: list[Packed]) -> float:
         """Add up the gradients of the mean loss over all labels of the step; return that loss."""

@@ -9,7 +9,8 @@ import torch
 from hymba import presets
 from hymba.model.decoder import LanguageModel
 from hymba.tokenizer import Tokenizer
-from hymba.train.data import Texts, TokenStore, prepare
+from hymba.train.sources import Texts
+from hymba.train.store import TokenStore, prepare
 
 WORDS = "the model reads a row of words and guesses what comes next in it".split()
 

@@ -17,8 +17,10 @@ import torch
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
 from hymba.train import metrics
-from hymba.train.data import DataError, Loader, Packer, TokenStore
+from hymba.train.rows import Loader, Packer
 from hymba.train.run import TrainConfig, Trainer, TrainError
+from hymba.train.sources import DataError
+from hymba.train.store import TokenStore
 
 NewModel = Callable[[], LanguageModel]
 LENGTH = 16
@@ -86,7 +88,7 @@ def test_packed_pieces_train_as_if_each_were_alone(
 ) -> None:
     model = new_model()
     trainer = Trainer(model, config(tmp_path), store, None, silent)
-    packed = Loader(Packer(store, LENGTH, seed=0)).take(8)
+    [packed] = Loader(Packer(store, LENGTH, seed=0)).take(8)
     assert len(packed.lengths) > 8
     together = trainer._gradients([packed])
     packed_gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
