@@ -8,7 +8,8 @@ only", Mamba is "ssm only, no mlp", Hymba is both everywhere. A plan is a tuple 
     Layer(ssm=False)                Llama's layer;  Layer(attention=False, mlp=False) is Mamba's
 
 `Config.from_dict` reads the released checkpoints' config.json and `Config.to_dict` writes it. What
-the official keys cannot say goes into one extra key, `hymba_plan`, and only then.
+the official keys cannot say goes into keys of our own, `hymba_plan` and `hymba_fusion`, and only
+then.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from typing import Any
 
 from hymba.errors import UserError
 
-PLAN_KEY = "hymba_plan"
+PLAN_KEY, FUSION_KEY = "hymba_plan", "hymba_fusion"
+# How a hybrid layer joins its branches: what its output projection reads, where a and s are the
+# normed outputs of attention and of the SSM. The first is the released one.
+FUSIONS = {
+    "mean": "(a + s) / 2",
+    "subtract": "(a - s) / 2",
+    "scalars": "(alpha a + beta s) / 2, learned in each layer",
+    "concat": "a and s side by side",
+}
 KV_BLOCK = 256  # a layer's K/V grows by whole blocks of so many tokens
 
 
@@ -72,6 +81,7 @@ class Config:
     ssm_conv: int = 4  # width of the causal convolution [mamba_d_conv]
     ssm_dt_rank: int = 0  # 0: hidden_size / 16, rounded up [mamba_dt_rank]
     ssm_conv_bias: bool = True
+    fusion: str = "mean"  # how hybrid layers join their branches, one of FUSIONS [hymba_fusion]
     mlp_activation: str = "silu"  # "silu": gated; "relu2": down(relu(up(x))^2), no gate
     rope_type: str = "default"  # or "ntk": a larger base, always on
     rope_theta: float = 10000.0
@@ -127,6 +137,8 @@ class Config:
 
     def mixer_size(self, layer: Layer) -> int:
         """Width of what enters a layer's output projection."""
+        if layer.hybrid and self.fusion == "concat":
+            return 2 * self.inner_size
         return self.inner_size if layer.ssm else self.hidden_size
 
     def replace(self, **changes: Any) -> Config:
@@ -141,7 +153,7 @@ class Config:
 
     @staticmethod
     def from_dict(keys: Mapping[str, Any]) -> Config:
-        """Read official config.json keys (and `hymba_plan`). Raises ConfigError, one line."""
+        """Read official config.json keys (and our own). Raises ConfigError, one line."""
         return _Reader(keys).config()
 
     @staticmethod
@@ -164,7 +176,8 @@ class Config:
             return canonical
         if Config.from_dict(self.source) == self:
             return dict(self.source)
-        return {**{k: v for k, v in self.source.items() if k != PLAN_KEY}, **canonical}
+        ours = (PLAN_KEY, FUSION_KEY)
+        return {**{k: v for k, v in self.source.items() if k not in ours}, **canonical}
 
 
 def _check_sizes(config: Config) -> None:
@@ -193,6 +206,8 @@ def _check_sizes(config: Config) -> None:
         )
     if config.mlp_activation not in ("silu", "relu2"):
         raise ConfigError(f"mlp activation {config.mlp_activation!r} is not 'silu' or 'relu2'")
+    if config.fusion not in tuple(FUSIONS):  # a tuple: what is no string may not be hashable
+        raise ConfigError(f"fusion {config.fusion!r} is not one of {', '.join(FUSIONS)}")
     if config.rope_type not in ("default", "ntk"):
         raise ConfigError(f"rope_type {config.rope_type!r} is not supported: 'default' or 'ntk'")
     if config.rope_type == "ntk" and (config.head_dim == 2 or config.rope_base <= 0):
@@ -286,6 +301,7 @@ class _Reader:
             num_heads=self.count("num_attention_heads"),
             num_kv_heads=self.count("num_key_value_heads"),
             intermediate_size=self.count("intermediate_size"),
+            fusion=self.get(FUSION_KEY, "mean"),
             meta_tokens=self.count("num_memory_tokens", 0),
             ssm_expand=self.count("mamba_expand"),
             ssm_state=self.count("mamba_d_state"),
@@ -470,4 +486,6 @@ def _write(config: Config) -> dict[str, Any]:
     }
     if not _is_official(layers):
         keys[PLAN_KEY] = _write_plan(layers)
+    if config.fusion != "mean":
+        keys[FUSION_KEY] = config.fusion
     return keys

@@ -39,6 +39,7 @@ OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
     (".mamba.out_proj.", ".mixer.out_proj."),
     (".mamba.pre_avg_layernorm1.", ".mixer.attention_norm."),
     (".mamba.pre_avg_layernorm2.", ".mixer.ssm_norm."),
+    (".mamba.fusion_scales.", ".mixer.scales."),  # ours: no released model has them
     (".mamba.conv1d.", ".mixer.ssm.conv."),
     (".mamba.x_proj.0.", ".mixer.ssm.x_proj."),
     (".mamba.dt_layernorm.", ".mixer.ssm.dt_norm."),

@@ -84,7 +84,7 @@ def _enliven(name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.uniform_(-2, 2, generator=generator)  # memories of a token and of a hundred
     elif name.endswith("dt_bias"):
         parameter.uniform_(-4, 1, generator=generator)
-    elif name.endswith((".D", "norm.weight")):
+    elif name.endswith((".D", "norm.weight", "scales.weight")):
         parameter.uniform_(0.5, 1.5, generator=generator)
     elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
         parameter.normal_(0, 0.5, generator=generator)

@@ -15,7 +15,7 @@ import tyro
 
 from hymba import hub
 from hymba.commands import parse
-from hymba.config import Config, ConfigError, Layer
+from hymba.config import FUSIONS, Config, ConfigError, Layer
 from hymba.errors import UserError
 from hymba.hub import looks_like_hub_id
 from hymba.model import accounting
@@ -108,9 +108,12 @@ def sizes(config: Config) -> dict[str, str]:
         + (f", window {_list(windows)}" if windows else ""),
         "ssm": f"{config.inner_size} channels, {config.ssm_state} states each,"
         f" convolution {config.ssm_conv}, dt rank {config.ssm_dt_rank}",
+        "fusion": f"{config.fusion}: {FUSIONS[config.fusion]}, where a and s are the normed"
+        " outputs of attention and SSM",
         "mlp": f"{config.intermediate_size} wide, {config.mlp_activation}",
     }
     used = {part: any(getattr(x, part) for x in config.layers) for part in _ROWS if part != "K/V"}
+    used["fusion"] = config.fusion != "mean" and any(x.hybrid for x in config.layers)
     return {part: line for part, line in lines.items() if used.get(part, True)}
 
 

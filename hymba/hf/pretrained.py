@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, initialization
 
 from hymba.hf.config import HymbaConfig
 from hymba.hf.names import refuse_misfit
-from hymba.model.layers import MetaTokens, RMSNorm
+from hymba.model.layers import MetaTokens, RMSNorm, Scales
 from hymba.model.ssm import SSM, DepthwiseConv
 from hymba.weights import MODEL_CARD, WeightsError
 
@@ -100,7 +100,7 @@ class HymbaPreTrainedModel(PreTrainedModel):
             self._init_matrix(module)
         elif isinstance(module, MetaTokens):
             initialization.normal_(module.weight, mean=0.0, std=1.0)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, (RMSNorm, Scales)):
             initialization.ones_(module.weight)
         elif isinstance(module, SSM):
             states = torch.arange(1, module.A_log.shape[1] + 1, device=module.A_log.device)

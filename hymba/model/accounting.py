@@ -16,7 +16,8 @@ SCAN_FLOPS = 7
 
 
 def parameters(config: Config) -> dict[str, int]:
-    """Parameters by part, a tied head counted once, and their "total"."""
+    """Parameters by part, a tied head counted once, and their "total". Scalars of a fusion are
+    among the norms."""
     found = {
         "embedding": config.vocab_size * config.hidden_size,
         "meta_tokens": config.meta_tokens * config.hidden_size,
@@ -55,7 +56,8 @@ def _mlp(config: Config) -> int:
 
 
 def _norms(config: Config, layer: Layer) -> int:
-    fusion = 2 * config.inner_size if layer.hybrid else 0
+    scalars = 2 * (config.fusion == "scalars")
+    fusion = 2 * config.inner_size + scalars if layer.hybrid else 0
     return config.hidden_size * (1 + layer.mlp) + fusion
 
 

@@ -241,7 +241,7 @@ class LanguageModel(nn.Module):
         | meta_tokens                    | normal(0, 1)                                     |
         | conv.bias, dt_bias             | 0                                                |
         | A_log                          | log(1 .. n) in every channel                     |
-        | D, norms                       | 1                                                |
+        | D, norms, scales               | 1                                                |
         | embedding row of pad_token_id  | 0                                                |
         """
         generator = None
@@ -260,7 +260,7 @@ def _fill(
     if name[-1] == "A_log":
         states = torch.arange(1, config.ssm_state + 1, device=parameter.device)
         parameter.copy_(states.log().expand_as(parameter))
-    elif name[-1] == "D" or name[-2].endswith("norm"):
+    elif name[-1] == "D" or name[-2].endswith(("norm", "scales")):
         parameter.fill_(1)
     elif name[-1] in ("bias", "dt_bias"):
         parameter.zero_()

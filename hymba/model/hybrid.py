@@ -3,11 +3,11 @@ r"""The hybrid head: attention and SSM heads read the same rows side by side.
     x --in_proj--> q k v ----> attention ----> norm --\
               \--> u gate ---> conv, scan ---> norm ---+--> mean --out_proj-->
 
-A layer with one branch has no norms and no mean: attention alone is exactly Llama's, the SSM alone
-Mamba's. A layer that reads another's K/V has no k and v rows in its projection. The meta tokens
-are an initial state: while gradients flow their rows stand in front of the batch's rows and what
-they leave (`Left.meta`) is what the text rows start from; otherwise it is given (`Before.meta`),
-a constant of the weights.
+The mean may be another of `hymba.config.FUSIONS`. A layer with one branch has no norms and no
+fusion: attention alone is exactly Llama's, the SSM alone Mamba's. A layer that reads another's K/V
+has no k and v rows in its projection. The meta tokens are an initial state: while gradients flow
+their rows stand in front of the batch's rows and what they leave (`Left.meta`) is what the text
+rows start from; otherwise it is given (`Before.meta`), a constant of the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hymba.cache import Held, State
 from hymba.config import Config, Layer
 from hymba.model.attention import attend
 from hymba.model.batch import Batch
-from hymba.model.layers import MLP, RMSNorm, apply_rope
+from hymba.model.layers import MLP, RMSNorm, Scales, apply_rope
 from hymba.model.ssm import SSM, is_matrix, is_plain
 from hymba.ops import Meta, Past, Segments
 
@@ -51,12 +51,14 @@ class HybridMixer(nn.Module):
         self.layer = layer
         self.head_dim, self.value_dim = config.head_dim, config.value_dim(layer)
         self.sizes = self._sizes(config, layer)
-        width = config.mixer_size(layer)
+        self.fusion = config.fusion if layer.hybrid else None
+        width, eps = config.inner_size, config.norm_eps
         self.in_proj = nn.Linear(config.hidden_size, sum(self.sizes.values()), bias=False)
         self.ssm = SSM(config) if layer.ssm else None
-        self.attention_norm = RMSNorm(width, config.norm_eps) if layer.hybrid else None
-        self.ssm_norm = RMSNorm(width, config.norm_eps) if layer.hybrid else None
-        self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.attention_norm = RMSNorm(width, eps) if layer.hybrid else None
+        self.ssm_norm = RMSNorm(width, eps) if layer.hybrid else None
+        self.scales = Scales() if self.fusion == "scalars" else None
+        self.out_proj = nn.Linear(config.mixer_size(layer), config.hidden_size, bias=False)
 
     @staticmethod
     def _sizes(config: Config, layer: Layer) -> dict[str, int]:
@@ -154,11 +156,25 @@ class HybridMixer(nn.Module):
         return torch.cat(outs) if len(outs) > 1 else outs[0], Left(text, meta)
 
     def fuse(self, outs: list[Tensor]) -> Tensor:
+        """What each branch made of the rows -> what out_proj reads."""
         if self.attention_norm is None or self.ssm_norm is None:
             return outs[0]
-        attention, ssm = outs
-        weights = self.attention_norm.weight, self.ssm_norm.weight
-        return ops.fuse_heads(attention, ssm, *weights, eps=self.ssm_norm.eps)
+        weights, eps = self.weights_of_mean(), self.ssm_norm.eps
+        if weights is not None:
+            return ops.fuse_heads(*outs, *weights, eps=eps)
+        norms = self.attention_norm.weight, self.ssm_norm.weight
+        parts = zip(outs, norms, strict=True)
+        return torch.cat([ops.rms_norm(out, weight, eps) for out, weight in parts], dim=-1)
+
+    def weights_of_mean(self) -> tuple[Tensor, Tensor] | None:
+        """The norms' weights with which the mean is this fusion, None where no weights do that. A
+        sign or a scalar of a normed branch is one of its norm's weight."""
+        if self.attention_norm is None or self.ssm_norm is None or self.fusion == "concat":
+            return None
+        attention, ssm = self.attention_norm.weight, self.ssm_norm.weight
+        if self.scales is not None:
+            return self.scales(attention, ssm)
+        return attention, -ssm if self.fusion == "subtract" else ssm
 
 
 class Block(nn.Module):
@@ -209,12 +225,11 @@ class Block(nn.Module):
         norm, mixer, mlp = self.input_norm, self.mixer, self.mlp
         rows = ops.norm_linear(x, norm.weight, norm.eps, mixer.in_proj.weight)
         outs, back = mixer.step(rows, rope, now), mixer.out_proj.weight
-        if mixer.attention_norm is None or mixer.ssm_norm is None:
-            x = ops.linear_add(outs[0], back, x)
+        weights = mixer.weights_of_mean()
+        if weights is None:
+            x = ops.linear_add(mixer.fuse(outs), back, x)
         else:
-            attention, ssm = outs
-            norms = mixer.attention_norm.weight, mixer.ssm_norm.weight
-            x = ops.fuse_linear(attention, ssm, *norms, norm.eps, back, x)
+            x = ops.fuse_linear(*outs, *weights, norm.eps, back, x)
         if mlp is None or self.mlp_norm is None or mlp.gate_proj is None:
             return x if mlp is None or self.mlp_norm is None else x + mlp(self.mlp_norm(x))
         gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
@@ -228,7 +243,7 @@ class Block(nn.Module):
             return False
         parts: list[nn.Module] = [self.mixer] if self.mlp is None else [self.mixer, self.mlp]
         inner = [part for module in parts for part in module.children()]
-        linears = [x for x in inner if not isinstance(x, (SSM, RMSNorm))]
+        linears = [x for x in inner if not isinstance(x, (SSM, RMSNorm, Scales))]
         return all(map(is_plain, parts)) and all(map(is_matrix, linears))
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The small parts every layer is made of: RMSNorm, rotary positions, the gated MLP, meta tokens."""
+"""The small parts every layer is made of: RMSNorm, rotary positions, the gated MLP, meta tokens,
+scalars of branches."""
 
 from __future__ import annotations
 
@@ -29,6 +30,19 @@ class MetaTokens(nn.Module):
 
     def forward(self) -> Tensor:
         return self.weight
+
+
+class Scales(nn.Module):
+    """A learned scalar for each branch of a hybrid layer, 1 at first: attention's, the SSM's. A
+    module for the same reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, attention: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, beta = self.weight.unbind()
+        return alpha * attention, beta * ssm
 
 
 class MLP(nn.Module):
