@@ -1,19 +1,25 @@
 """Plans and named configs: an architecture is a function that lays out layers. No torch here.
 
-    hymba    attention and SSM heads in every layer; first, middle and last see everything,
-             neighbouring window layers share one K/V; meta tokens in front
-    llama    attention only; its parameters and cache are exactly Llama's
-    mamba    SSM only, no MLP (mlp=True gives the paper's "Mamba + FFN")
-    samba    SSM and window attention by turns, an MLP after each
+    hymba        attention and SSM heads in every layer, or in those named; first, middle and last
+                 see everything, neighbouring window layers share one K/V; meta tokens in front
+    llama        attention only; its parameters and cache are exactly Llama's. It can have Hymba's
+                 windows and shared K/V
+    mamba        SSM only, no MLP (mlp=True gives the paper's "Mamba + FFN")
+    sequential   SSM and attention by turns, an MLP after each
+    samba        the same with window attention
 
-`Config.preset("hymba-1.5b")` reads `PRESETS`. All four plans share embedding, norms, init and
-rotary positions, so a comparison between them is controlled by construction.
+Which layers: `scattered`, `first_middle_last`; sharing: `pairs`. Meta tokens go with every plan
+(`meta_tokens=`), and what joins the branches of a hybrid layer is `fusion=`.
+
+`Config.preset("hymba-1.5b")` reads `PRESETS`. All plans share embedding, norms, init and rotary
+positions, so a comparison between them is controlled by construction.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hymba.config import Config, ConfigError, Layer
@@ -37,6 +43,38 @@ def first_middle_last(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({0, (num_layers - 1) // 2, num_layers - 1}))
 
 
+def scattered(num_layers: int, count: int) -> tuple[int, ...]:
+    """`count` layers as evenly as possible, never the first or the last: 3 of 12 are 2, 5 and 8."""
+    if not 0 <= count <= max(0, num_layers - 2):
+        raise ConfigError(f"{count} of {num_layers} layers cannot be scattered between the ends")
+    return tuple(i * (num_layers - 1) // (count + 1) for i in range(1, count + 1))
+
+
+Groups = bool | Sequence[Sequence[int]]
+
+
+def attending(
+    layers: Sequence[int], window: int | None, global_layers: Sequence[int] | None, share: Groups
+) -> dict[int, Layer]:
+    """Hybrid layers of these numbers, the only ones of a model that have attention.
+
+    `global_layers` see everything, None for the first, middle and last of `layers`. `share` is
+    True (pairs of neighbours among `layers`), False, or the groups themselves."""
+    if global_layers is None:
+        global_layers = [layers[i] for i in first_middle_last(len(layers)) if layers]
+    if share is True:
+        far = [place for place, layer in enumerate(layers) if layer in global_layers]
+        share = [[layers[place] for place in pair] for pair in pairs(len(layers), far)]
+    producer = {consumer: group[0] for group in share or [] for consumer in group[1:]}
+    for key, named in (("global_layers", global_layers), ("share", producer)):
+        if without := sorted(set(named) - set(layers)):
+            raise ConfigError(f"{key} names layer {without[0]}, which has no attention")
+    return {
+        i: Layer(window=None if i in global_layers else window, kv_from=producer.get(i))
+        for i in layers
+    }
+
+
 def hymba(
     *,
     hidden_size: int,
@@ -45,24 +83,23 @@ def hymba(
     num_kv_heads: int,
     intermediate_size: int,
     window: int | None = 1024,
+    attention_layers: Sequence[int] | None = None,
     global_layers: Sequence[int] | None = None,
-    share: bool | Sequence[Sequence[int]] = True,
+    share: Groups = True,
     meta_tokens: int = 128,
     vocab_size: int = 32001,
     **sizes: Any,
 ) -> Config:
-    """Hybrid heads in every layer. `share` is True (pairs), False, or the groups themselves."""
-    seeing_all = first_middle_last(num_layers) if global_layers is None else global_layers
-    groups = pairs(num_layers, seeing_all) if share is True else share or []
-    producer = {consumer: group[0] for group in groups for consumer in group[1:]}
-    layers = tuple(
-        Layer(window=None if i in seeing_all else window, kv_from=producer.get(i))
-        for i in range(num_layers)
-    )
+    """Hybrid heads in every layer, or in `attention_layers`: the others have the SSM alone.
+    For `global_layers` and `share` see `attending`."""
+    chosen = range(num_layers) if attention_layers is None else sorted(set(attention_layers))
+    if absent := set(chosen) - set(range(num_layers)):
+        raise ConfigError(f"attention_layers names layer {min(absent)}, which does not exist")
+    hybrid = attending(chosen, window, global_layers, share)
     return Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        layers=layers,
+        layers=tuple(hybrid.get(i, Layer(attention=False)) for i in range(num_layers)),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         intermediate_size=intermediate_size,
@@ -71,9 +108,20 @@ def hymba(
     )
 
 
-def llama(*, num_layers: int, **sizes: Any) -> Config:
-    """Attention and MLP; values as wide as queries, one output projection, no fusion norms."""
-    return Config(layers=(Layer(ssm=False),) * num_layers, **sizes)
+def llama(
+    *,
+    num_layers: int,
+    window: int | None = None,
+    global_layers: Sequence[int] | None = None,
+    share: Groups = False,
+    **sizes: Any,
+) -> Config:
+    """Attention and MLP; values as wide as queries, one output projection, no fusion norms.
+
+    With a `window` and `share=True` it is the paper's "Llama with the same KV compression" (table
+    10, row 10): what Hymba does to its cache, done to Llama's. See `attending`."""
+    hybrid = attending(range(num_layers), window, global_layers, share)
+    return Config(layers=tuple(replace(x, ssm=False) for x in hybrid.values()), **sizes)
 
 
 def mamba(*, num_layers: int, mlp: bool = False, **sizes: Any) -> Config:
@@ -82,10 +130,16 @@ def mamba(*, num_layers: int, mlp: bool = False, **sizes: Any) -> Config:
     return Config(layers=(Layer(attention=False, mlp=mlp),) * num_layers, **(defaults | sizes))
 
 
-def samba(*, num_layers: int, window: int = 1024, **sizes: Any) -> Config:
-    """SSM, MLP, window attention, MLP, and again: `num_layers` counts mixers."""
+def sequential(*, num_layers: int, window: int | None = None, **sizes: Any) -> Config:
+    """SSM, MLP, attention, MLP, and again (paper table 1, row A): `num_layers` counts mixers. An
+    SSM comes first. Without a window all attention sees everything."""
     turns = (Layer(attention=False), Layer(ssm=False, window=window))
     return Config(layers=tuple(turns[i % 2] for i in range(num_layers)), **sizes)
+
+
+def samba(*, num_layers: int, window: int = 1024, **sizes: Any) -> Config:
+    """`sequential` with windows alone."""
+    return sequential(num_layers=num_layers, window=window, **sizes)
 
 
 def _released() -> Config:
