@@ -1,7 +1,13 @@
-"""What turns gradients into steps: AdamW's groups, the learning rate, clipping.
+"""What turns gradients into steps: AdamW and Muon, the learning rate, clipping, unit weights.
+
+    steppers = optimizers(model, OptimConfig(kind="muon"))
+    normalize_weights(model)                        # with normalize=True, before the first step
+    set_lr(steppers, Schedule().at(step, steps))    # before each step
+    clip(model.parameters(), 1.0)
 
 Nothing here keeps state of its own: groups are read off the parameters' names and shapes, the
-learning rate is a function of the step alone (so a resumed run needs no scheduler state).
+learning rate is a function of the step alone (so a resumed run needs no scheduler state). All of
+it works on the sharded parameters (DTensors) of FSDP2 as on plain ones; Muon itself is in muon.py.
 """
 
 from __future__ import annotations
@@ -9,12 +15,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hymba.errors import UserError
+from hymba.model.hybrid import HybridMixer
+from hymba.model.ssm import SSM
+from hymba.train.muon import Muon
+
+KINDS = ("adamw", "muon")
+# Matrices of the blocks, by what they do with the residual stream.
+READERS = {"in_proj", "gate_proj", "up_proj"}
+WRITERS = {"out_proj", "down_proj"}
 
 
 class OptimError(UserError):
@@ -22,17 +37,40 @@ class OptimError(UserError):
 
 
 @dataclass(frozen=True)
-class AdamWConfig:
-    """AdamW. The paper states only the learning rate (schedule); the rest is the field's habit."""
+class OptimConfig:
+    """AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest.
 
+    The paper states only the learning rate (schedule); the rest is the field's habit.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw for all, or muon for the matrices of the blocks and adamw for the rest."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running means of gradient and squared gradient."""
+    """AdamW: decay of the running means of gradient and squared gradient."""
     eps: float = 1e-8
-    """Added to the root of the mean squared gradient."""
+    """AdamW: added to the root of the mean squared gradient."""
     weight_decay: float = 0.1
     """Shrinks matrices by this times the learning rate each step."""
     clip: float = 1.0
     """Largest norm of the whole gradient; longer ones are scaled down to it."""
+    normalize: bool = False
+    """Scale the matrices of the blocks to unit rows or columns after each step (Nemotron-Flash)."""
+    muon_lr: float = 1.0
+    """Muon's learning rate over AdamW's; its steps are scaled to the size of AdamW's already."""
+    muon_momentum: float = 0.95
+    """Muon: decay of the running mean of the gradient."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise OptimError(f"optimiser kind {self.kind!r} is unknown: use {' or '.join(KINDS)}")
+        for name, value in (("betas", max(self.betas)), ("muon_momentum", self.muon_momentum)):
+            if not 0 <= min(value, *self.betas) <= value < 1:
+                raise OptimError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        for name in ("eps", "clip", "muon_lr"):
+            if not getattr(self, name) > 0:
+                raise OptimError(f"{name} is {getattr(self, name)}, but must be above 0")
+        if not self.weight_decay >= 0:
+            raise OptimError(f"weight_decay is {self.weight_decay}, but must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -57,6 +95,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in ("wsd", "cosine"):
             raise OptimError(f"schedule kind {self.kind!r} is unknown: use wsd or cosine")
+        if not self.peak > 0 or not 0 <= self.floor <= 1:
+            raise OptimError(f"peak {self.peak} must be above 0, floor {self.floor} from 0 to 1")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise OptimError(
                 f"warmup {self.warmup} and decay {self.decay} must be shares of the run that "
@@ -66,12 +106,14 @@ class Schedule:
     def at(self, step: int, steps: int) -> float:
         """Learning rate of step number `step` (0 is the first) of a run of `steps`.
 
-        The first step has peak / warmup steps, the last one exactly peak * floor.
+        The first step has peak / warmup steps, the last one exactly peak * floor. Shares are
+        rounded to steps: one that is less than half a step (1 % of 49) is none at all.
         """
         rising = round(self.warmup * steps)
         if step < rising:
             return self.peak * (step + 1) / rising
         falling = steps - rising if self.kind == "cosine" else round(self.decay * steps)
+        falling = min(falling, steps - rising)  # both were rounded up
         done = step + 1 - (steps - falling)  # steps of the fall taken, counting this one
         if done <= 0:
             return self.peak
@@ -80,7 +122,7 @@ class Schedule:
         return self.peak * (self.floor + (1 - self.floor) * left)
 
 
-def decays(name: str, parameter: torch.Tensor) -> bool:
+def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay shrinks this parameter: matrices and convolution kernels, but not
 
     | undecayed | why |
@@ -94,34 +136,118 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and not {"A_log", "meta_tokens", "embed_tokens"} & set(parts)
 
 
-def adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW over the model's trainable parameters, fused (one pass over memory) where it exists.
+def is_hidden(name: str, parameter: Tensor) -> bool:
+    """Whether Muon moves this parameter (kind "muon"):
 
-    The learning rate is set before each step (`set_lr`).
+    | parameter | moved by | why |
+    |---|---|---|
+    | in_proj, x_proj: each part of them | Muon | matrices between hidden states, as meant for it |
+    | out_proj, gate_proj, up_proj, down_proj | Muon | the same |
+    | dt_proj | AdamW | with dt_bias and A_log it sets time constants, through a softplus |
+    | conv | AdamW | a filter of four taps a channel; as a matrix of (E, 4) it means nothing |
+    | embeddings, head | AdamW | a row is a word: rare ones should not move as far as common ones |
+    | meta tokens | AdamW | rows of an input, as embeddings |
+    | norms, biases, A_log, D | AdamW | no matrices |
+
+    Adapters within a projection (LoRA) are not it: AdamW.
+    """
+    return parameter.ndim == 2 and _module(name) in READERS | WRITERS | {"x_proj"}
+
+
+def _module(name: str) -> str:
+    """in_proj, of layers.3.mixer.in_proj.weight."""
+    *_, module, _ = ["", *name.split(".")]
+    return module
+
+
+def optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over the model's trainable parameters, after Muon over its part (`is_hidden`) if asked.
+
+    AdamW is fused (one pass over memory) where it exists. The learning rate is set before each step
+    (`set_lr`). For FSDP2 the model is sharded first.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise OptimError("the model has no trainable parameters")
+    muon = config.kind == "muon"
+    matrices = [(name, p) for name, p in named if muon and is_hidden(name, p)]
+    others = [(name, p) for name, p in named if not (muon and is_hidden(name, p))]
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        groups = _groups(matrices, config.weight_decay, ratio=config.muon_lr)
+        made.append(Muon(groups, parts(model), momentum=config.muon_momentum))
+    if others:
+        fused = all(p.device.type in ("cpu", "cuda") for _, p in others)
+        groups = _groups(others, config.weight_decay)
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+        made.append(adamw)
+    return made
+
+
+def _groups(
+    named: list[tuple[str, nn.Parameter]], weight_decay: float, ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Those that decay and those that do not; "ratio" is what `set_lr` multiplies by."""
     decayed = [p for name, p in named if decays(name, p)]
     others = [p for name, p in named if not decays(name, p)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    return [
+        {"params": params, "weight_decay": decay, "ratio": ratio}
+        for params, decay in ((decayed, weight_decay), (others, 0.0))
+        if params
     ]
-    fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give all groups the learning rate `lr`."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def parts(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
+    """Rows of the projections that lie one behind the other in a weight: q, k, v, u, gate of
+    in_proj, and dt, B, C of x_proj."""
+    found: dict[Tensor, tuple[int, ...]] = {}
+    for module in model.modules():
+        if isinstance(module, HybridMixer):
+            found[module.in_proj.weight] = tuple(module.sizes.values())
+        elif isinstance(module, SSM):
+            norms = module.dt_norm, module.B_norm, module.C_norm
+            found[module.x_proj.weight] = tuple(len(norm.weight) for norm in norms)
+    return found
+
+
+def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    """Give all groups the learning rate `lr`, times the group's ratio where it has one."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("ratio", 1.0)
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
     """Scale the gradients so that their joint norm is at most `most`; return the norm before.
 
-    The norm is inf or nan exactly when some gradient is; the gradients are of no use then.
+    The norm is inf or nan exactly when some gradient is; the gradients are of no use then. Of
+    sharded gradients it is the norm of the whole, the same in every process.
     """
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), most)
-    return float(norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+@torch.no_grad()
+def normalize_weights(model: nn.Module) -> None:
+    """Scale trainable matrices of the blocks to vectors of length 1 (Nemotron-Flash, 2511.18890):
+
+    | matrix | of length 1 | why |
+    |---|---|---|
+    | in_proj, gate_proj, up_proj | rows | they read the residual stream along them |
+    | out_proj, down_proj | columns | they write to the stream along them |
+    | x_proj, dt_proj, conv | none | neither touches the stream; norms follow x_proj |
+    | embeddings, head, meta tokens | none | see below |
+
+    So a weight has a direction alone: what is large is decided by the norms' weights, and a step
+    turns a vector by the same angle early and late. Embeddings: it is told of the layers' matrices,
+    and unit rows would bound the logits, for which nGPT has learned scales and this model none.
+
+    Called after each step, and once before the first of a new run; not when a run goes on, which
+    would round once more and end elsewhere. Vectors of zeros stay. Sharded weights stay sharded.
+    """
+    for name, p in model.named_parameters():
+        module = _module(name)
+        if p.requires_grad and p.ndim == 2 and module in READERS | WRITERS:
+            along = 1 if module in READERS else 0
+            length = torch.linalg.vector_norm(p, dim=along, keepdim=True, dtype=torch.float32)
+            p.div_(length.clamp(min=torch.finfo(torch.float32).tiny))
