@@ -214,10 +214,12 @@ class LanguageModel(nn.Module):
             return ops.norm_linear(x, norm.weight, norm.eps, self.lm_head.weight)
         return _product(norm(x), self.lm_head.weight)
 
-    def loss(self, hidden: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(
+        self, hidden: Tensor, labels: Tensor, reduction: str = "mean", z_loss: float = 0.0
+    ) -> Tensor:
         """Cross-entropy in nats of hidden (N, D) against labels (N), -100 left out; "mean" or
-        "sum". Never holds (N, V) for backward."""
-        total = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels)
+        "sum". Never holds (N, V) for backward. z_loss: see hymba.ops.loss."""
+        total = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels, z_loss)
         return total if reduction == "sum" else total / (labels != ops.IGNORE).sum().clamp(min=1)
 
     def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:

@@ -105,12 +105,15 @@ def selective_scan(
     return op(u, dt, A, B, C, D, z, dt_bias, segments, initial_state)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """hidden (N, D), weight (V, D), labels (N), -100 left out -> the sum of losses in nats."""
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> Tensor:
+    """hidden (N, D), weight (V, D), labels (N), -100 left out -> the sum of losses in nats, with
+    z_loss * logsumexp(logits)^2 for each label."""
     rows, size = hidden.shape
     _fit("linear_cross_entropy", labels=(len(labels), rows), weight=(weight.shape[1], size))
     op = twin("linear_cross_entropy", hidden)
-    return op(hidden, weight, labels)
+    return op(hidden, weight, labels, z_loss)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -30,11 +30,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits, labels, losses, V, width, IGNORE: tl.constexpr, GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, labels, losses, V, width, IGNORE: tl.constexpr, Z_LOSS: tl.constexpr,
+    GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row by row: logits to softmax - onehot (nothing, where the label does not count). A row is
-    `width` numbers, a multiple of 16, so that loads are wide; those behind V become 0."""
+    `width` numbers, a multiple of 16, so that loads are wide; those behind V become 0. Z_LOSS is
+    one number in a run, and without it nothing is computed for it."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     label = tl.load(labels + row)
@@ -58,17 +59,26 @@ def _cross_entropy_kernel(
             total = total * tl.exp2(most - new) + tl.sum(tl.exp2(x - new), 0)
             most = new
         log_sum = most + tl.log2(total)
-        tl.store(losses + row, (log_sum - goal) / LOG2E)
+        loss = (log_sum - goal) / LOG2E
+        if Z_LOSS != 0.0:
+            lse = log_sum / LOG2E
+            loss += Z_LOSS * lse * lse
+        tl.store(losses + row, loss)
         if GRAD:
             tl.debug_barrier()  # every thread has read its goal before it is overwritten
             for at in range(0, width, BLOCK):
                 x = tl.load(logits + at + word, mask=at + word < width).to(tl.float32) * LOG2E
-                p = tl.exp2(x - log_sum) - tl.where(at + word == label, 1.0, 0.0)
+                p = tl.exp2(x - log_sum)
+                if Z_LOSS != 0.0:
+                    p *= 1.0 + 2.0 * Z_LOSS * (log_sum / LOG2E)
+                p -= tl.where(at + word == label, 1.0, 0.0)
                 p = tl.where(at + word < V, p, 0.0)
                 tl.store(logits + at + word, p, mask=at + word < width)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> Tensor:
     """hidden (N, D), weight (V, D), labels (N) with -100 left out -> the sum of losses in nats."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
@@ -76,18 +86,23 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     track = torch.is_grad_enabled()
     want = track and hidden.requires_grad, track and weight.requires_grad
-    return _linear_cross_entropy(hidden, weight, labels, *want)[0]
+    return _linear_cross_entropy(hidden, weight, labels, z_loss, *want)[0]
 
 
 @operator("linear_cross_entropy")
 def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, want_hidden: bool, want_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss: float,
+    want_hidden: bool,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients where wanted (empty otherwise), as gradients are made at once.
 
     The weight's gradient is float32 and has the padding's rows."""
     (N, _), V = hidden.shape, weight.shape[0]
-    loss, dhidden, dweight = _like(hidden, weight, labels, want_hidden, want_weight)
+    loss, dhidden, dweight = _like(hidden, weight, labels, z_loss, want_hidden, want_weight)
     if not N:
         return loss.zero_(), dhidden, dweight.zero_()
     losses = hidden.new_empty(N, dtype=torch.float32)
@@ -100,7 +115,7 @@ def _linear_cross_entropy(
             torch.mm(part, weight.T, out=logits)
             launch(
                 _cross_entropy_kernel, (len(part),), logits, labels[start:].contiguous(),
-                losses[start:], V, logits.shape[1], IGNORE=IGNORE,
+                losses[start:], V, logits.shape[1], IGNORE=IGNORE, Z_LOSS=z_loss,
                 GRAD=want_hidden or want_weight, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
             if want_hidden:
@@ -137,7 +152,12 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, begin: bool) -> None:
 
 @_linear_cross_entropy.register_fake
 def _like(
-    hidden: Tensor, weight: Tensor, labels: Tensor, want_hidden: bool, want_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss: float,
+    want_hidden: bool,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=torch.float32)
     dhidden = hidden.new_empty(hidden.shape if want_hidden else 0)
@@ -146,7 +166,7 @@ def _like(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, weight, _, ctx.want_hidden, ctx.want_weight = inputs
+    _, weight, _, _, ctx.want_hidden, ctx.want_weight = inputs
     ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
@@ -158,7 +178,7 @@ def _gradients(ctx: Any, scale: Tensor, *others: Any) -> tuple[Tensor | None, ..
     dhidden, dweight = ctx.saved_tensors
     dhidden = (dhidden * scale).to(dhidden.dtype) if ctx.want_hidden else None
     dweight = (dweight[: ctx.rows] * scale).to(ctx.dtype) if ctx.want_weight else None
-    return dhidden, dweight, None, None, None
+    return dhidden, dweight, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_gradients, setup_context=_keep)

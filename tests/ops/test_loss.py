@@ -32,47 +32,69 @@ def inputs(
 @pytest.mark.parametrize("rows", [1, 7, 63])
 @pytest.mark.parametrize("chunk", [1, 37 * 8, 1 << 24], ids=["row by row", "by 8", "at once"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("z_loss", [0.0, 0.1], ids="z {}".format)
 def test_twins(
     agree: Callable[..., None],
     rows: int,
     chunk: int,
     dtype: torch.dtype,
+    z_loss: float,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Chunks that divide the rows, that do not, and one chunk of all."""
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk)
     hidden, weight, labels = (x.to(device) for x in inputs(rows, 37, dtype))
+    fixed = {"labels": labels, "z_loss": z_loss}
     tensors = {"hidden": hidden, "weight": weight}
-    agree(linear_cross_entropy, linear_cross_entropy_reference, tensors, {"labels": labels})
+    agree(linear_cross_entropy, linear_cross_entropy_reference, tensors, fixed)
 
 
-def test_formula() -> None:
+@pytest.mark.parametrize("op", [linear_cross_entropy, linear_cross_entropy_reference])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_formula(op: Callable[..., Tensor], z_loss: float) -> None:
     hidden, weight, labels = inputs(7, 11)
     want = 0.0
     for row, label in zip(hidden, labels.tolist(), strict=True):
         scores = [math.exp(float(row @ word)) for word in weight]
-        want -= 0 if label == -100 else math.log(scores[label] / sum(scores))
-    assert linear_cross_entropy(hidden, weight, labels).item() == pytest.approx(want, rel=1e-12)
+        if label != -100:
+            want -= math.log(scores[label] / sum(scores))
+            want += z_loss * math.log(sum(scores)) ** 2
+    assert op(hidden, weight, labels, z_loss).item() == pytest.approx(want, rel=1e-12)
 
 
-def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_gradcheck(z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 11 * 2)
     hidden, weight, labels = inputs(7, 11)
 
     def op(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels)
+        return linear_cross_entropy(hidden, weight, labels, z_loss)
 
     values = [hidden.requires_grad_(), weight.requires_grad_()]
     assert torch.autograd.gradcheck(op, values, fast_mode=True)
 
 
+def test_z_loss_pulls_the_sum_of_exponentials_to_one() -> None:
+    """Two words with the same logit 3 predict the label as well as with -log 2; only the z-loss
+    sees a difference, and its gradient there is 0."""
+    weight, labels = torch.tensor([[1.0], [1.0]]), torch.tensor([0])
+    for logit, pull in ((3.0, 3 + math.log(2)), (-math.log(2), 0.0)):
+        hidden = torch.tensor([[logit]], requires_grad=True)
+        loss = linear_cross_entropy(hidden, weight, labels, 0.5)
+        loss.backward()
+        assert loss.item() == pytest.approx(math.log(2) + 0.5 * pull**2)
+        assert hidden.grad is not None
+        assert hidden.grad.item() == pytest.approx(pull, abs=1e-6)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [1, 6])
-def test_nothing_counts(rows: int) -> None:
+def test_nothing_counts(rows: int, z_loss: float) -> None:
     """A row of padding alone: a loss of 0 with gradients of 0, not NaN."""
     hidden, weight, _ = inputs(rows, 11)
     hidden.requires_grad_(), weight.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, torch.full((rows,), -100))
+    loss = linear_cross_entropy(hidden, weight, torch.full((rows,), -100), z_loss)
     loss.backward()
     assert loss.item() == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
 
@@ -131,7 +153,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_rows_times_words_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_rows_times_words_is_never_held(z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither made (beyond a chunk) nor kept for backward; the twin does both."""
     rows, words, chunk = 64, 50, 50 * 8
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk)
@@ -145,7 +168,7 @@ def test_rows_times_words_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None
             return x
 
         with Largest() as made, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            op(hidden.requires_grad_(), weight.requires_grad_(), labels).backward()
+            op(hidden.requires_grad_(), weight.requires_grad_(), labels, z_loss).backward()
         found[op] = made.elements, max(kept)
     assert found[linear_cross_entropy] == (chunk, rows * 5)
     assert min(found[linear_cross_entropy_reference]) >= rows * words

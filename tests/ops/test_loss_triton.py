@@ -40,37 +40,41 @@ def small(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 8, 19])
 @pytest.mark.parametrize("words", [16, 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_reference(agree: Agree, rows: int, words: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.1], ids="z {}".format)
+def test_reference(
+    agree: Agree, rows: int, words: int, dtype: torch.dtype, z_loss: float, device: str
+) -> None:
     hidden, weight, labels = inputs(rows, words, device, dtype)
     tensors = {"hidden": hidden, "weight": weight}
-    agree(linear_cross_entropy, reference(dtype), tensors, {"labels": labels})
+    fixed = {"labels": labels, "z_loss": z_loss}
+    agree(linear_cross_entropy, reference, tensors, fixed)
 
 
-def reference(dtype: torch.dtype) -> Callable[..., Tensor]:
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
     """In float32, whatever the inputs are."""
-    return lambda hidden, weight, labels: linear_cross_entropy_reference(
-        hidden.float(), weight.float(), labels
-    )
+    return linear_cross_entropy_reference(hidden.float(), weight.float(), labels, z_loss)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes for a GPU")
 @pytest.mark.parametrize("rows", [1, 63, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sizes(agree: Agree, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4], ids="z {}".format)
+def test_sizes(agree: Agree, rows: int, dtype: torch.dtype, z_loss: float) -> None:
     """More rows than a chunk has, and the odd number of words of the 1.5B."""
     hidden, weight, labels = inputs(rows, 32001, "cuda", dtype, width=100)
     weight /= 10
     tensors = {"hidden": hidden, "weight": weight}
-    agree(linear_cross_entropy, reference(dtype), tensors, {"labels": labels})
+    agree(linear_cross_entropy, reference, tensors, {"labels": labels, "z_loss": z_loss})
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [0, 6])
-def test_nothing_counts(rows: int, device: str) -> None:
+def test_nothing_counts(rows: int, z_loss: float, device: str) -> None:
     """A row of padding alone: a loss of 0 with gradients of 0, not NaN."""
     hidden, weight, labels = inputs(rows, 11, device)
     hidden.requires_grad_(), weight.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels.fill_(-100))
+    loss = linear_cross_entropy(hidden, weight, labels.fill_(-100), z_loss)
     loss.backward()
     assert loss.item() == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
 
@@ -134,7 +138,7 @@ def test_autocast(device: str) -> None:
 def test_as_an_operator(device: str) -> None:
     hidden, weight, labels = inputs(5, 7, device)
     args = hidden.requires_grad_(), weight.requires_grad_(), labels
-    torch.library.opcheck(loss_triton._linear_cross_entropy.op, (*args, True, True))
+    torch.library.opcheck(loss_triton._linear_cross_entropy.op, (*args, 0.1, True, True))
 
 
 @pytest.mark.gpu
