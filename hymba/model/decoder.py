@@ -158,6 +158,10 @@ class Decoder(nn.Module):
             self._memo = key, [_own(left.meta, layer) for left, layer in layers]
         return self._memo[1]
 
+    def forget_meta_states(self) -> None:
+        """Compute them anew: something changed that no weight shows."""
+        self._memo = None
+
     def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:
         """An empty cache for so many sequences, beginning after the meta tokens."""
         like = self.final_norm.weight.detach()
@@ -224,6 +228,15 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:
         return self.decoder.new_cache(slots, state_dtype)
+
+    def set_config(self, config: Config) -> None:
+        """Another rotary base, or more positions, for the same weights (longer texts)."""
+        positions = ("rope_type", "rope_theta", "max_positions", "original_max_positions")
+        now = {name: getattr(config, name) for name in positions}
+        if self.config.replace(**now, source={}) != config:
+            raise UserError("only positions may change: the rest of a config made the weights")
+        self.config = self.decoder.config = config
+        self.decoder.forget_meta_states()
 
     @property
     def device(self) -> torch.device:

@@ -9,9 +9,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from hymba.config import Config
+from hymba.model.accounting import forward_flops
 
 Record = dict[str, Any]
 
@@ -61,18 +69,27 @@ def series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]
 
 
 def step_line(record: Mapping[str, Any], steps: int) -> str:
-    """The line that a step prints: loss, learning rate, gradient norm, speed, time to go."""
+    """The line that a step prints; what a record does not have is left out."""
+    loss = record["loss"]
     parts = [
         f"step {record['step']:>{len(str(steps))}}/{steps}",
-        f"loss {record['loss']:.4f}",
+        f"loss {loss:.4f}",
+        *_some(record, "bits_per_byte_train", "bpb {:.3f}"),
         f"lr {record['lr']:.2e}",
         f"grad {record['grad_norm']:.2f}",
         f"{record['tokens_per_second']:,.0f} tok/s",
+        *_some(record, "mfu", "mfu {:.1%}"),
+        *_some(record, "memory_gb", "{:.1f} GB"),
         f"eta {duration(record['eta'])}",
     ]
     if record.get("skipped_steps"):
         parts.append(f"skipped {record['skipped_steps']}")
     return "  ".join(parts)
+
+
+def _some(record: Mapping[str, Any], key: str, words: str) -> list[str]:
+    value = record.get(key)
+    return [] if value is None else [words.format(value)]
 
 
 def held_out_line(record: Mapping[str, Any]) -> str:
@@ -81,6 +98,48 @@ def held_out_line(record: Mapping[str, Any]) -> str:
         f"step {record['step']}  held out: loss {record['held_out_loss']:.4f}"
         f"  bits per byte {record['bits_per_byte']:.4f}"
     )
+
+
+def step_flops(config: Config, lengths: Iterable[int]) -> float:
+    """FLOPs of forward and backward over pieces of so many tokens: three times the forward. What
+    is computed again to save memory does not count."""
+    return 3.0 * sum(_forward_flops(config, length) for length in lengths)
+
+
+@lru_cache(maxsize=4096)  # pieces of documents often have the row's own length
+def _forward_flops(config: Config, length: int) -> int:
+    return forward_flops(config, length)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second that a large matrix product reaches on this device now: what MFU is a share
+    of. Takes some tenths of a second."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in "ab")
+    best = math.inf
+    for _ in range(8):
+        began = _now(device)
+        a @ b
+        best = min(best, _now(device) - began)
+    return 2.0 * size**3 / best
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def memory_gb(device: torch.device) -> float | None:
+    """The most memory used so far, in 10^9 bytes: the device's, or on a CPU the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def duration(seconds: float) -> str:

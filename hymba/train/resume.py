@@ -1,13 +1,12 @@
 """Checkpoints that a run goes on from. The only file that knows their format.
 
     run/checkpoints/step_000120/   120 steps are done
-        .metadata, __0_0.distcp    weights, AdamW's means and the random state (torch's own format)
+        .metadata, __0_0.distcp    weights, the optimisers' means, the random state (torch's format)
         state.json                 step, place in the data, counters: the caller's dictionary
 
-Tensors go through torch.distributed.checkpoint, which works in one process without a process group
-and is what FSDP2 needs: every rank writes its shards, a run may go on with another number of
-ranks, and saving can be asynchronous. For one process it costs about twice torch.save's time (a
-tenth of a second for tens of MB), which is nothing beside a step of a model that large.
+Tensors go through torch.distributed.checkpoint: every process writes its shares of the weights, and
+a run may go on with another number of processes. Saving copies the tensors to the host's memory and
+writes them from there in the background while training goes on.
 
 A checkpoint is written under another name and renamed when it is whole, and deleted under another
 name too, so a folder called step_N is always whole: `kill -9` at any moment leaves the last one
@@ -22,18 +21,22 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
 
 from hymba.errors import UserError
+from hymba.train.parallel import World, share
 
 _WHOLE = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"step_\d{6,}\.(unfinished|deleted)")
@@ -44,12 +47,19 @@ class CheckpointError(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder; the newest `keep` stay."""
+    """The checkpoints of one run, in one folder; the newest `keep` stay.
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    Every process of `world` makes one and calls `save`, `finish` and `load` at the same step; the
+    first alone touches what is already there."""
+
+    def __init__(self, folder: Path, keep: int = 2, world: World | None = None) -> None:
         if keep < 1:
             raise CheckpointError(f"keep is {keep}: a run keeps at least one checkpoint")
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.world = folder, keep, world or World()
+        # A group of its own: the background must not speak between the sums of a training step.
+        self._group = dist.new_group(backend="gloo") if self.world.joined else None
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._naming: Future[None] | None = None  # of what is being written
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -61,28 +71,65 @@ class Checkpoints:
         return max(self.all(), key=step_of, default=None)
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        state: dict[str, Any],
+        wait: bool = True,
     ) -> Path:
-        """Write the checkpoint of a run that has done `step` steps, then delete the oldest ones.
+        """The checkpoint of a run that has done `step` steps; without `wait` it is written while
+        the caller goes on, and what goes wrong there is raised by `check` or `finish`.
 
         `state` must survive JSON. CheckpointError if a weight is not finite: a run never goes on
         from such weights, and keeping them would push out a good checkpoint.
         """
-        _refuse_non_finite(model, step)
-        self.clean()
+        self.finish()
+        self._refuse_non_finite(model, step)
         place = self.folder / f"step_{step:06}"
-        unfinished = place.with_name(place.name + ".unfinished")
-        unfinished.mkdir(parents=True)
-        with _errors_in_one_line(f"{unfinished} cannot be written: make room, then go on"):
-            dcp.save(_tensors(model, optimizer), checkpoint_id=unfinished)
-        _write_through(unfinished / "state.json", json.dumps({"step": step, **state}, indent=2))
-        if place.exists():
-            self._delete(place)
-        os.rename(unfinished, place)
-        _flush_folder(self.folder)
-        for old in self.all()[: -self.keep]:
-            self._delete(old)
+        unfinished = _unfinished(place)
+        with _errors_in_one_line(_not_written(unfinished)):
+            if self.world.first:
+                self.clean()
+                unfinished.mkdir(parents=True)
+                written = json.dumps({"step": step, **state}, indent=2)
+                _write_through(unfinished / "state.json", written)
+            self.world.wait()
+            done = dcp.async_save(
+                _tensors(model, optimizers), checkpoint_id=unfinished, process_group=self._group
+            )
+        self._naming = self._background.submit(self._name, done, place)
+        if wait:
+            self.finish()
         return place
+
+    def _name(self, done: Any, place: Path) -> None:
+        """Once a checkpoint is on the disk, the first process gives it its name: it is told when
+        all have written."""
+        unfinished = _unfinished(place)
+        with _errors_in_one_line(_not_written(unfinished)):
+            done.result()
+            if not self.world.first:
+                return
+            if place.exists():
+                self._delete(place)
+            os.rename(unfinished, place)
+            _flush_folder(self.folder)
+            for old in self.all()[: -self.keep]:
+                self._delete(old)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background."""
+        if self._naming is not None and self._naming.done():
+            naming, self._naming = self._naming, None
+            naming.result()
+
+    def finish(self) -> None:
+        """Wait until what was saved is there."""
+        if self._naming is not None:
+            self._naming.exception()
+            self.check()
+        self.world.wait()
 
     def state(self, place: Path) -> dict[str, Any]:
         """The `state` that a checkpoint was saved with, and its step."""
@@ -90,16 +137,16 @@ class Checkpoints:
             found: dict[str, Any] = json.loads((place / "state.json").read_text())
         return found
 
-    def load(self, place: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put a checkpoint's tensors into model, optimiser and random state.
+    def load(self, place: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Put a checkpoint's tensors into model, optimisers and random state.
 
-        The optimiser's settings (weight decay, betas) stay as they are now, so that a run can go
+        The optimisers' settings (weight decay, betas) stay as they are now, so that a run can go
         on with changed ones.
         """
         with _errors_in_one_line(_not_resumed(place)):
-            tensors = _tensors(model, optimizer)
+            tensors = _tensors(model, optimizers)
             dcp.load(tensors, checkpoint_id=place)
-        _put(tensors, model, optimizer)
+        _put(tensors, model, optimizers)
 
     def clean(self) -> None:
         """Remove what killed saves and deletions left behind."""
@@ -111,6 +158,17 @@ class Checkpoints:
         condemned = place.with_name(place.name + ".deleted")
         os.rename(place, condemned)
         shutil.rmtree(condemned)
+
+    def _refuse_non_finite(self, model: nn.Module, step: int) -> None:
+        named = model.named_parameters()
+        bad = [name for name, p in named if not torch.isfinite(share(p)).all()]
+        found = torch.tensor(float(len(bad)), device=next(model.parameters()).device)
+        if self.world.sum(found):
+            where = bad[0] if bad else "a weight"  # of another process
+            raise CheckpointError(
+                f"{where} has non-finite values after step {step}: nothing saved, the checkpoint "
+                "before is still there"
+            )
 
 
 def step_of(place: Path) -> int:
@@ -128,29 +186,37 @@ def _not_resumed(place: Path) -> str:
     )
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _unfinished(place: Path) -> Path:
+    return place.with_name(place.name + ".unfinished")
+
+
+def _not_written(place: Path) -> str:
+    return f"{place} cannot be written: make room, then go on"
+
+
+def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """All tensors of a run, by parameter names (not indices, so that layouts may change)."""
-    fresh = not optimizer.state
-    weights, means = get_state_dict(model, optimizer)
-    if fresh:  # torch made the means by taking a step of length 0, and counted it
+    fresh = [optimizer for optimizer in optimizers if not optimizer.state]
+    weights, means = get_state_dict(model, optimizers)
+    for optimizer in fresh:  # torch made the means by taking a step of length 0, and counted it
         for each in optimizer.state.values():
-            each["step"].zero_()
+            if "step" in each:
+                each["step"].zero_()
     return {"model": weights, "optimizer": means, "random": _random_state()}
 
 
-def _put(tensors: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    settings = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
+def _put(tensors: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     set_state_dict(
         model,
-        optimizer,
+        optimizers,
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizer"],
     )
-    for group, ours in zip(optimizer.param_groups, settings, strict=True):
-        group.update(ours)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.update(settings.pop(0))
     torch.set_rng_state(tensors["random"]["cpu"])
 
 
@@ -180,15 +246,6 @@ def _cause(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException):
         return next(iter(error.failures.values()))[0]
     return error
-
-
-def _refuse_non_finite(model: nn.Module, step: int) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CheckpointError(
-                f"{name} has non-finite values after step {step}: nothing saved, the checkpoint "
-                "before is still there"
-            )
 
 
 def _write_through(path: Path, text: str) -> None:

@@ -3,90 +3,42 @@
     trainer = Trainer(model, TrainConfig(folder=Path("run"), steps=1000), train, held_out)
     result = trainer.run()      # the same lines again go on where it stopped
 
-One step: take rows, add up the gradients of its micro-batches, clip, let AdamW move. The sum equals
-the gradient of one big batch, because each micro-batch counts by its labels. A run that was
-killed and resumed gives, on one machine with the same threads, the same losses bit for bit as one
-that was not: learning rate and data are functions of the step, and the rest is in the checkpoint.
+One step: take rows, add up the gradients of its micro-batches, clip, let the optimisers move. The
+sum equals the gradient of one big batch, because each micro-batch counts by its labels, and each
+process's rows too. A run that was killed and resumed gives, on one machine with the same threads,
+the same losses bit for bit as one that was not: learning rate and data are functions of the step,
+and the rest is in the checkpoint.
 
-Not here: the format of checkpoints (resume.py), what rows there are (rows.py), several processes.
+Not here: the format of checkpoints (resume.py), what rows there are (rows.py), how weights are
+spread over processes (parallel.py), what is printed (metrics.py).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from hymba.errors import UserError
+from hymba.config import Config
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
 from hymba.train import metrics
-from hymba.train.optim import AdamWConfig, Schedule, adamw, clip, set_lr
+from hymba.train.config import TrainConfig, TrainError
+from hymba.train.optim import clip, normalize_weights, optimizers, set_lr
+from hymba.train.parallel import World, spread
 from hymba.train.resume import CheckpointError, Checkpoints, step_of
-from hymba.train.rows import HeldOut, Loader, Packed, Packer
+from hymba.train.rows import Loader, Packed
+from hymba.train.stages import Rowmaker, Stage, stages
+from hymba.train.stop import stop_signals
 from hymba.train.store import TokenStore
-
-
-class TrainError(UserError):
-    """A run that cannot start or go on; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All that defines a run, but for the model and the data."""
-
-    folder: Path
-    """Where checkpoints/ and metrics.jsonl go."""
-    steps: int
-    """Steps of the whole run; the schedule is laid over them."""
-    rows: int = 8
-    """Rows per step; tokens per step = rows * sequence_length."""
-    micro_rows: int | None = None
-    """Rows per forward and backward (all at once if None); fewer need less memory."""
-    sequence_length: int = 512
-    """Tokens per row."""
-    seed: int = 0
-    """Decides the order of the data (not the initial weights, which the model brings)."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: weights stay float32, activations are computed in bfloat16 where that is safe."""
-    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
-    schedule: Schedule = field(default_factory=Schedule)
-    held_out_every: int = 100
-    """Steps between looks at the held-out documents (0: at the end only)."""
-    held_out_tokens: int | None = 65536
-    """About how many held-out tokens to look at (all if None); always the same documents."""
-    save_every: int = 200
-    """Steps between checkpoints (0: at the end only); stopping always saves."""
-    keep: int = 2
-    """Checkpoints that stay on disk."""
-    log_every: int = 1
-    """Steps between printed lines; the file gets every step."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest checkpoint in the folder; never: refuse a folder with one."""
-    most_skips: int = 10
-    """Steps in a row with non-finite gradients after which the run stops."""
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "rows": 1, "micro_rows": 1, "sequence_length": 1, "log_every": 1}
-        for name, smallest in (least | {"keep": 1, "most_skips": 1}).items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise TrainError(f"{name} is {value}, but must be {smallest} or more")
-        if self.precision not in ("float32", "bfloat16"):
-            raise TrainError(f"precision {self.precision!r} is unknown: use float32 or bfloat16")
-        if self.resume not in ("auto", "never"):
-            raise TrainError(f"resume {self.resume!r} is unknown: use auto or never")
+from hymba.train.track import Tracker, numbers, trackers
 
 
 @dataclass(frozen=True)
@@ -106,30 +58,38 @@ class Result:
 
 
 class Trainer:
-    """Trains `model` in place on the rows of `train`."""
+    """Trains `model` in place.
+
+    `train` is a TokenStore, rows of the caller's, or a function (sequence_length, seed) -> rows.
+    With several processes (`world`) each makes the same Trainer and calls the same methods; the
+    model's weights become shares."""
 
     def __init__(
         self,
         model: LanguageModel,
         config: TrainConfig,
-        train: TokenStore,
+        train: TokenStore | Rowmaker,
         held_out: TokenStore | None = None,
         say: Callable[[str], None] = print,
+        world: World | None = None,
     ) -> None:
-        self.model, self.config, self.say = model, config, say
-        self.optimizer = adamw(model, config.optimizer)
-        self.loader = Loader(Packer(train, config.sequence_length, config.seed))
-        self.held_out = self._choose(held_out) if held_out else None
-        self.checkpoints = Checkpoints(config.folder / "checkpoints", config.keep)
+        self.world = world or World()
+        self.model, self.config = model, config
+        self.say = say if self.world.first else _nothing
+        self._first_config = model.config
+        self._stages = stages(config, model.config, train, held_out, self.world.size)
+        spread(model, self.world, config.copies)
+        model.decoder.checkpoint_blocks = recomputed if config.recompute else None
+        if config.compile:
+            compile_parts(model)
+        self.optimizers = optimizers(model, config.optimizer)
+        self.checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, self.world)
         self.step = 0  # done
         self.skipped = 0  # steps whose gradients were not finite, in all
         self.skipped_in_a_row = 0
         self.seconds = 0.0  # spent in training steps, over all calls
-
-    def _choose(self, store: TokenStore) -> HeldOut:
-        config = self.config
-        rows = config.micro_rows or config.rows
-        return HeldOut(store, config.sequence_length, rows, config.held_out_tokens)
+        self._stage = self._stages[0]
+        self._rate: float | None = None  # of matrix products on this device
 
     # ---- the run
 
@@ -140,19 +100,21 @@ class Trainer:
         gradients stay non-finite for config.most_skips steps.
         """
         self._resume()
-        log = metrics.MetricsLog(self.metrics_path, self.step)
+        watchers = self._watchers()
         record: metrics.Record = {}
         try:
-            with stop_signals() as stop:
-                while self.step < self.config.steps and not stop.is_set():
+            with stop_signals(self.world.joined) as stop:
+                while self.step < self.config.steps and not self._agreed(stop.is_set()):
                     record = self._one_step()
-                    self._record(log, record)
+                    self._record(watchers, record)
                     self._stop_if_lost()
+                    self.checkpoints.check()
                     if self._due(self.config.save_every):
-                        self._save()
+                        self._save(wait=False)
                 saved = self._saved()
         finally:
-            log.close()
+            for watcher in watchers:
+                watcher.close()
         stopped = self.step < self.config.steps
         if stopped:
             self.say(f"stopped after step {self.step} of {self.config.steps}, saved in {saved}")
@@ -164,10 +126,23 @@ class Trainer:
         """The JSONL file of the run (metrics.read reads it)."""
         return self.config.folder / "metrics.jsonl"
 
+    @property
+    def loader(self) -> Loader:
+        """Of the rows that the next step takes."""
+        return self._stage.loader
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process was told to stop, so that all stop after the same step."""
+        return bool(self.world.sum(torch.tensor(float(stop))))
+
     def _resume(self) -> None:
-        self.checkpoints.clean()
+        if self.world.first:
+            self.checkpoints.clean()
+        self.world.wait()
         latest = self.checkpoints.latest()
         if latest is None:
+            if self.config.optimizer.normalize:
+                normalize_weights(self.model)
             return
         if self.config.resume == "never":
             raise TrainError(
@@ -176,14 +151,15 @@ class Trainer:
             )
         state = self.checkpoints.state(latest)
         self._same_model(state["model"], latest)
+        self._enter(state["step"])
         self.loader.load_state_dict(state["data"])
-        self.checkpoints.load(latest, self.model, self.optimizer)
+        self.checkpoints.load(latest, self.model, self.optimizers)
         self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
         self.say(f"going on after step {self.step} from {latest}")
 
     def _same_model(self, saved: dict[str, Any], place: Path) -> None:
         """Not left to the tensors' shapes: a window or a rotary base has none."""
-        ours = self._model_config()
+        ours = _plain(self._first_config)
         other = sorted(k for k in saved.keys() | ours.keys() if saved.get(k) != ours.get(k))
         if other:
             raise TrainError(
@@ -191,79 +167,93 @@ class Trainer:
                 "model, or start in another folder"
             )
 
-    def _model_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads(json.dumps(self.model.config.to_dict()))
-        return config  # as it reads when it comes back from JSON
-
-    def _save(self) -> Path:
+    def _save(self, wait: bool = True) -> Path:
         state = {
-            "model": self._model_config(),
+            "model": _plain(self._first_config),
             "data": self.loader.state_dict(),
             "skipped": self.skipped,
             "seconds": self.seconds,
         }
-        return self.checkpoints.save(self.step, self.model, self.optimizer, state)
+        return self.checkpoints.save(self.step, self.model, self.optimizers, state, wait)
 
     def _saved(self) -> Path:
         """The checkpoint of this very step, written now if it is not there."""
+        self.checkpoints.finish()
         latest = self.checkpoints.latest()
+        self.world.wait()  # all have looked before one writes
         return latest if latest and step_of(latest) == self.step else self._save()
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
+    def _enter(self, done: int) -> None:
+        """Be in the stage that step number `done` (0 is the first) belongs to."""
+        current = [stage for stage in self._stages if stage.start <= done][-1]
+        if current is not self._stage:
+            self._stage = current
+            self.model.set_config(current.model)
+
     # ---- one step
 
     def _one_step(self) -> metrics.Record:
+        self._enter(self.step)
         began = time.perf_counter()
         lr = self.config.schedule.at(self.step, self.config.steps)
-        loss = self._gradients(self._micro_batches())
+        batches = self._micro_batches()
+        loss = self._gradients(batches)
         norm = clip(self.model.parameters(), self.config.optimizer.clip)
         if math.isfinite(norm) and math.isfinite(loss):
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
+            set_lr(self.optimizers, lr)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.config.optimizer.normalize:
+                normalize_weights(self.model)
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.step += 1
         seconds = time.perf_counter() - began
         self.seconds += seconds
-        tokens = self.config.rows * self.config.sequence_length
         return {
             "step": self.step,
             "loss": loss,
+            "bits_per_byte_train": self._bits(loss),
             "lr": lr,
             "grad_norm": norm,
-            "tokens": self.step * tokens,
+            "tokens": self.step * self.config.tokens,
             "epoch": self.loader.epoch,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": self.config.tokens / seconds,
+            "mfu": self._mfu(batches, seconds),
+            "memory_gb": metrics.memory_gb(self.model.device),
             "eta": self.seconds / self.step * (self.config.steps - self.step),
             "skipped_steps": self.skipped,
         }
 
     def _micro_batches(self) -> list[Packed]:
-        return self.loader.take(self.config.rows, self.config.micro_rows)
+        world = self.world
+        return self.loader.take(self._stage.rows, self._stage.micro_rows, world.rank, world.size)
 
     def _gradients(self, micro_batches: list[Packed]) -> float:
         """Add up the gradients of the mean loss over all labels of the step; return that loss."""
-        labels = sum(packed.labels.numel() for packed in micro_batches)
         total = torch.zeros((), device=self.model.device)
+        counted = sum(int((packed.labels >= 0).sum()) for packed in micro_batches)
+        labels = self.world.sum(total + counted).clamp(min=1)
         for packed in micro_batches:
-            loss = self._nats(packed) / labels
-            loss.backward()
+            loss = self._nats(packed, self.config.z_loss) / labels
+            (loss * self.world.size).backward()  # FSDP2 takes the mean over processes
             total += loss.detach()
-        return float(total)
+        return float(self.world.sum(total))
 
-    def _nats(self, packed: Packed) -> torch.Tensor:
+    def _nats(self, packed: Packed, z_loss: float = 0.0) -> torch.Tensor:
         """Cross-entropy of one batch, a scalar in nats, summed over its labels."""
         device = self.model.device
         tokens = packed.tokens.to(device, non_blocking=True)
         labels = packed.labels.to(device, non_blocking=True)
         with self._precision():
             hidden = self.model(tokens, Batch.of(packed.lengths, device=device))  # (N, D)
-            return self.model.loss(hidden, labels, reduction="sum")
+            return self.model.loss(hidden, labels, reduction="sum", z_loss=z_loss)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32":
@@ -272,23 +262,55 @@ class Trainer:
 
     # ---- what a run tells
 
-    def _record(self, log: metrics.MetricsLog, record: metrics.Record) -> None:
+    def _watchers(self) -> list[Tracker]:
+        """Those that get each record: the file, and other people's viewers."""
+        if not self.world.first:
+            return []
+        log = metrics.MetricsLog(self.metrics_path, self.step)
+        settings = {"model": _plain(self._first_config), "steps": self.config.steps}
+        others = trackers(self.config.track, self.config.folder, settings, self.step)
+        return [Tracker(lambda record, _: log.write(record), log.close), *others]
+
+    def _record(self, watchers: list[Tracker], record: metrics.Record) -> None:
         if self._due(self.config.log_every):
             self.say(metrics.step_line(record, self.config.steps))
-        if self.held_out and self._due(self.config.held_out_every):
+        if self._stage.held_out and self._due(self.config.held_out_every):
             record |= self.evaluate()
             self.say(metrics.held_out_line(record))
-        log.write(record)
+        for log, *others in [watchers] if watchers else []:
+            log.write(record, self.step)
+            for other in others:
+                other.write(numbers(record), self.step)
+
+    def _bits(self, loss: float) -> float | None:
+        """Of a training loss in nats per token."""
+        each = self.loader.rows.bytes_per_label
+        return None if each is None else loss / math.log(2) / each
+
+    def _mfu(self, batches: list[Packed], seconds: float) -> float:
+        """Useful FLOPs of this process's step over what its device's matrix products could do."""
+        if self._rate is None:
+            dtype = getattr(torch, self.config.precision)
+            self._rate = metrics.matrix_rate(self.model.device, dtype)
+        lengths = (length for packed in batches for length in packed.lengths)
+        return metrics.step_flops(self.model.config, lengths) / seconds / self._rate
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss (nats per token) and bits per byte on the held-out documents."""
-        if self.held_out is None:
+        held_out, world = self._stage.held_out, self.world
+        if held_out is None:
             raise TrainError("this run has no held-out documents to evaluate on")
-        nats = math.fsum(float(self._nats(packed)) for packed in self.held_out)
+        nats = 0.0
+        for first in range(0, len(held_out), world.size):
+            mine = first + world.rank
+            # Every process computes as often: the weights are gathered from all.
+            found = float(self._nats(held_out[min(mine, len(held_out) - 1)]))
+            nats += found if mine < len(held_out) else 0.0
+        nats = float(world.sum(torch.tensor(nats, dtype=torch.float64)))
         return {
-            "held_out_loss": nats / self.held_out.labels,
-            "bits_per_byte": nats / math.log(2) / self.held_out.bytes,
+            "held_out_loss": nats / held_out.labels,
+            "bits_per_byte": nats / math.log(2) / held_out.bytes,
         }
 
     def _last_bits(self) -> float | None:
@@ -309,29 +331,26 @@ class Trainer:
         )
 
 
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; the second such signal acts as usual.
+def recomputed(block: Callable[..., Any], *args: Any) -> Any:
+    """A block whose activations are computed again in backward."""
+    from torch.utils.checkpoint import checkpoint
 
-    Outside the main thread, where Python allows no handlers, the event is never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return checkpoint(block, *args, use_reentrant=False)
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        # Not print: a handler may run in the middle of another print.
-        os.write(2, b"\nfinishing this step, then saving (once more stops at once)\n")
 
-    try:
-        for number in before:
-            signal.signal(number, handle)
-        yield stop
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+def compile_parts(model: LanguageModel) -> None:
+    """Compile what is the same for all rows. The mixers are not: the lengths of the documents in a
+    row decide what they compute, and every step has others."""
+    for block in model.decoder.layers:
+        if block.mlp is not None:
+            block.mlp.compile()
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """As it reads when it comes back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return plain
+
+
+def _nothing(_: str) -> None:
+    """What a process says that is not the first."""

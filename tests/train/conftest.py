@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hymba import presets
+from hymba.config import Config
 from hymba.model.decoder import LanguageModel
 from hymba.tokenizer import Tokenizer
 from hymba.train.sources import Texts
@@ -45,10 +46,10 @@ def store(texts: Texts, tokenizer: Tokenizer, tmp_path_factory) -> TokenStore:
     return prepare(tmp_path_factory.mktemp("data") / "train", texts, tokenizer)
 
 
-@pytest.fixture
-def new_model() -> Callable[[], LanguageModel]:
-    """The same fresh model at every call: all features of Hymba, 4 layers."""
-    config = presets.hymba(
+@pytest.fixture(scope="session")
+def hybrid() -> Config:
+    """All features of Hymba, 4 layers."""
+    return presets.hymba(
         hidden_size=32,
         num_layers=4,
         num_heads=4,
@@ -58,7 +59,12 @@ def new_model() -> Callable[[], LanguageModel]:
         meta_tokens=3,
         vocab_size=280,
     )
-    return lambda: LanguageModel(config).init_weights(seed=0)
+
+
+@pytest.fixture
+def new_model(hybrid: Config) -> Callable[[], LanguageModel]:
+    """The same fresh model at every call."""
+    return lambda: LanguageModel(hybrid).init_weights(seed=0)
 
 
 @pytest.fixture(scope="session")

@@ -9,30 +9,36 @@ import pytest
 import torch
 from torch import nn
 
+from hymba.train import resume
 from hymba.train.resume import CheckpointError, Checkpoints, step_of
 
 
-def new_run(width: int = 4) -> tuple[nn.Linear, torch.optim.AdamW]:
+Optimizers = list[torch.optim.Optimizer]
+
+
+def new_run(width: int = 4) -> tuple[nn.Linear, Optimizers]:
+    """A model and two optimisers, the second of which keeps no count of steps."""
     torch.manual_seed(0)
     model = nn.Linear(width, width)
-    groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
-    return model, torch.optim.AdamW(groups, lr=0.1, weight_decay=0.2)
+    adamw = torch.optim.AdamW([model.bias], lr=0.1, weight_decay=0.2)
+    return model, [adamw, torch.optim.SGD([model.weight], lr=0.01, momentum=0.9)]
 
 
-def advance(model: nn.Linear, optimizer: torch.optim.AdamW, steps: int) -> None:
+def advance(model: nn.Linear, optimizers: Optimizers, steps: int) -> None:
     for _ in range(steps):
         model(torch.randn(3, model.in_features)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def test_a_loaded_run_goes_on_exactly(tmp_path: Path) -> None:
-    """Weights, AdamW's means and counts, and the random numbers that come next."""
-    model, optimizer = new_run()
-    advance(model, optimizer, 3)
+    """Weights, the optimisers' means and counts, and the random numbers that come next."""
+    model, optimizers = new_run()
+    advance(model, optimizers, 3)
     checkpoints = Checkpoints(tmp_path)
-    place = checkpoints.save(3, model, optimizer, {"data": {"row": 12}, "seconds": 0.1})
-    advance(model, optimizer, 3)
+    place = checkpoints.save(3, model, optimizers, {"data": {"row": 12}, "seconds": 0.1})
+    advance(model, optimizers, 3)
 
     again, fresh = new_run()
     checkpoints.load(place, again, fresh)
@@ -42,14 +48,17 @@ def test_a_loaded_run_goes_on_exactly(tmp_path: Path) -> None:
 
 
 def test_loading_keeps_the_settings_of_now(tmp_path: Path) -> None:
-    model, optimizer = new_run()
-    advance(model, optimizer, 1)
-    place = Checkpoints(tmp_path).save(1, model, optimizer, {})
+    run = new_run()
+    advance(*run, 1)
+    place = Checkpoints(tmp_path).save(1, *run, {})
     again, other = new_run()
-    other.param_groups[0]["weight_decay"] = 0.7
+    other[0].param_groups[0]["weight_decay"] = 0.7
+    other[1].param_groups[0]["momentum"] = 0.5
     Checkpoints(tmp_path).load(place, again, other)
-    assert [group["weight_decay"] for group in other.param_groups] == [0.7, 0.0]
-    assert other.state[again.weight]["step"] == 1
+    settings = [optimizer.param_groups[0] for optimizer in other]
+    assert (settings[0]["weight_decay"], settings[1]["momentum"]) == (0.7, 0.5)
+    assert other[0].state[again.bias]["step"] == 1
+    assert "momentum_buffer" in other[1].state[again.weight]
 
 
 def test_saving_changes_nothing_in_the_run(tmp_path: Path) -> None:
@@ -62,6 +71,35 @@ def test_saving_changes_nothing_in_the_run(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save(1, *saved, {})
     advance(*saved, 1)
     assert torch.equal(quiet[0].weight, saved[0].weight)
+
+
+def test_saving_in_the_background_saves_what_was_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on at once and changes every tensor; what fails there is raised later."""
+    model, optimizers = new_run(width=600)
+    advance(model, optimizers, 1)
+    then = model.weight.detach().clone()
+    checkpoints = Checkpoints(tmp_path)
+    place = checkpoints.save(1, model, optimizers, {}, wait=False)
+    advance(model, optimizers, 3)
+    checkpoints.finish()
+    assert checkpoints.latest() == place and os.listdir(tmp_path) == [place.name]
+    again = new_run(width=600)
+    checkpoints.load(place, *again)
+    assert torch.equal(again[0].weight, then)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.os, "rename", full)
+        checkpoints.save(2, model, optimizers, {}, wait=False)
+        with pytest.raises(CheckpointError, match="cannot be written: make room.*No space"):
+            checkpoints.finish()
+    assert checkpoints.latest() == place
+    checkpoints.save(3, model, optimizers, {})
+    assert checkpoints.latest() == tmp_path / "step_000003"
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:
@@ -90,13 +128,13 @@ def test_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    model, optimizer = new_run()
+    model, optimizers = new_run()
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, model, optimizer, {})
+    checkpoints.save(1, model, optimizers, {})
     with torch.no_grad():
         model.bias[1] = torch.nan
     with pytest.raises(CheckpointError, match="bias has non-finite values after step 2"):
-        checkpoints.save(2, model, optimizer, {})
+        checkpoints.save(2, model, optimizers, {})
     assert checkpoints.latest() == tmp_path / "step_000001"
 
 
@@ -129,14 +167,14 @@ from hymba.train import resume
 
 torch.set_num_threads(1)
 
-def saves(folder, count):
+def saves(folder, count, wait=True):
     model = nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     checkpoints = resume.Checkpoints(Path(folder), keep=1)
     for step in range(1, count + 1):
         for parameter in model.parameters():
             parameter.data.fill_(step)
-        checkpoints.save(step, model, optimizer, {"said": step})
+        checkpoints.save(step, model, [optimizer], {"said": step}, wait)
         print(step, flush=True)
 
 def die_in_second(target, name):
@@ -149,7 +187,7 @@ def die_in_second(target, name):
     setattr(target, name, wrapped)
 
 moments = {
-    "before_tensors": (resume.dcp, "save"),
+    "before_tensors": (resume.dcp, "async_save"),
     "before_state": (resume, "_write_through"),
     "before_flush": (resume, "_flush_folder"),
     "before_removal": (resume.shutil, "rmtree"),
@@ -168,7 +206,7 @@ for moment, target in moments.items():
 for attempt in range(8):
     folder = root / f"any_{attempt}"
     if (child := os.fork()) == 0:
-        saves(folder, 10_000)
+        saves(folder, 10_000, wait=attempt % 2 == 0)
     while not list(folder.glob("step_??????")):
         time.sleep(0.001)
     time.sleep(0.011 * attempt)
@@ -196,7 +234,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_usable_checkpoint(
     assert len(folders) == len(expected) + 1 + 8
     for folder in folders:
         model = nn.Linear(64, 64)
-        run = model, torch.optim.AdamW(model.parameters())
+        run = model, [torch.optim.AdamW(model.parameters())]
         checkpoints = Checkpoints(folder, keep=1)
         latest = checkpoints.latest()
         assert latest is not None
