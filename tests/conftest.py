@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hymba.config import Config
 from hymba.model.decoder import LanguageModel
-from hymba.presets import hymba, llama, mamba, samba
+from tests.plans import SIZES, plans
 
 # Nothing here may reach for a network; what needs a hub answers from the disk or not at all.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,30 +28,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
-SIZES: dict[str, Any] = {"hidden_size": 32, "vocab_size": 61, "max_positions": 512, "ssm_state": 4}
-HEADS: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "intermediate_size": 40}
-
-
-def _tiny_plans() -> dict[str, Config]:
-    """Every plan in miniature. "hymba" has all of the 1.5B's features: first, middle and last
-    layer global, windows of 5, K/V shared by a pair and by a triple, meta tokens, NTK rotary."""
-    ntk = {"rope_type": "ntk", "original_max_positions": 128}
-    groups = [[1, 2], [4, 5, 6]]
-    everything: dict[str, Any] = SIZES | HEADS | ntk | {"window": 5, "ssm_dt_rank": 3}
-    plain = everything | {"num_layers": 3, "global_layers": (0,), "meta_tokens": 0}
-    return {
-        "hymba": hymba(num_layers=8, share=groups, meta_tokens=3, **everything),
-        "hymba-no-meta": hymba(share=False, tie_embeddings=False, **plain),
-        "llama": llama(num_layers=3, **SIZES, **HEADS),
-        "mamba": mamba(num_layers=3, **SIZES),
-        "samba": samba(num_layers=4, window=5, meta_tokens=2, **SIZES, **HEADS),
-    }
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[str], Config]:
-    """tiny("hymba") -> the config; also hymba-no-meta, llama, mamba, samba."""
-    return _tiny_plans().__getitem__
+    """tiny("hymba") -> the config of a plan of tests/plans.py."""
+    return plans().__getitem__
 
 
 CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []

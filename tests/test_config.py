@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hymba.config import PLAN_KEY, Config, ConfigError, Layer
+from hymba.config import FUSION_KEY, FUSIONS, PLAN_KEY, Config, ConfigError, Layer
 from hymba.errors import UserError
 from hymba.presets import llama
 
@@ -112,7 +112,7 @@ def test_official_keys_survive(case: str) -> None:
     assert written == keys
     assert json.loads(json.dumps(written)) == keys
     assert set(written["conv_dim"]) == {str(i) for i in range(config.num_layers)}
-    assert PLAN_KEY not in written
+    assert not {PLAN_KEY, FUSION_KEY} & set(written)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -172,6 +172,20 @@ LAYERS = st.builds(
 ) | st.builds(Layer, attention=st.just(False), mlp=st.booleans())
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_fusion_survives(fusion: str, tiny: Tiny) -> None:
+    """It has a key of its own, which a released model does not need, and which does not outlive
+    what it was for. A plan without hybrid layers keeps it too."""
+    for plan in PLANS:
+        written = json.loads(json.dumps(tiny(plan).replace(fusion=fusion).to_dict()))
+        assert written.pop(FUSION_KEY, "mean") == fusion
+        assert written == tiny(plan).to_dict()
+    config = Config.from_dict(official(**{FUSION_KEY: fusion}))
+    assert config.fusion == fusion and config.to_dict()[FUSION_KEY] == fusion
+    assert FUSION_KEY not in config.replace(fusion="mean", norm_eps=1e-5).to_dict()
+    assert Config.from_dict(official(**{FUSION_KEY: None})).fusion == "mean"
+
+
 @given(
     layers=st.lists(LAYERS, min_size=1, max_size=5),
     shares=st.lists(st.integers(0, 4), max_size=3),
@@ -179,6 +193,7 @@ LAYERS = st.builds(
         {},
         optional={
             "meta_tokens": st.integers(0, 4),
+            "fusion": st.sampled_from(list(FUSIONS)),
             "rope_type": st.sampled_from(["default", "ntk"]),
             "mlp_activation": st.sampled_from(["silu", "relu2"]),
             "tie_embeddings": st.booleans(),
@@ -267,6 +282,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "plan of another length": ({PLAN_KEY: [{}]}, "lists 1 layers, num_hidden_layers is 8"),
     "plan with a strange key": ({PLAN_KEY: [{"wings": 2}]}, PLAN_KEY),
     "plan that is no list": ({PLAN_KEY: 5}, PLAN_KEY),
+    "fusion": ({FUSION_KEY: "sum"}, "fusion 'sum' is not one of mean, subtract, scalars, concat"),
+    "fusion that is a list": ({FUSION_KEY: ["mean"]}, "fusion ['mean'] is not one of"),
 }
 
 

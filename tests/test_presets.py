@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 
-from hymba.config import Config, ConfigError
+from hymba.config import Config, ConfigError, Layer
+from hymba.model.accounting import cache_bytes
 from hymba.model.decoder import LanguageModel
-from hymba.presets import PRESETS, first_middle_last, hymba, mamba, pairs, samba
+from hymba.presets import (
+    PRESETS,
+    first_middle_last,
+    hymba,
+    llama,
+    mamba,
+    pairs,
+    samba,
+    scattered,
+    sequential,
+)
 from hymba.weights import to_official, to_ours
 
 
@@ -140,6 +155,81 @@ def test_plans_are_laid_out_as_named() -> None:
     assert {x.window for x in turns if x.attention} == {8}
     alone = hymba(num_layers=6, share=False, **sizes, **heads)
     assert len(alone.kv_owners) == 6 and all(x.hybrid for x in alone.layers)
+
+
+SIZES = {
+    "hidden_size": 32,
+    "vocab_size": 61,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 40,
+}
+
+
+def test_by_turns() -> None:
+    """The paper's table 1, row A: the SSM first, attention that sees everything."""
+    ssm, attention = Layer(attention=False), Layer(ssm=False)
+    assert sequential(num_layers=4, **SIZES).layers == (ssm, attention, ssm, attention)
+    assert sequential(num_layers=4, window=8, **SIZES) == samba(num_layers=4, window=8, **SIZES)
+
+
+def test_attention_in_some_layers() -> None:
+    """The others have the SSM alone; who sees everything and who shares goes by the neighbours
+    that have attention."""
+    config = hymba(num_layers=9, attention_layers=(7, 1, 3, 4, 5, 6), window=8, **SIZES)
+    assert [i for i, x in enumerate(config.layers) if not x.attention] == [0, 2, 8]
+    assert all(x.ssm and x.mlp for x in config.layers)
+    assert [x.window for x in config.layers if x.attention] == [None, 8, None, 8, 8, None]
+    assert [x.kv_from for x in config.layers if x.attention] == [None] * 4 + [5, None]
+    far = hymba(num_layers=9, attention_layers=(1, 4, 7), global_layers=(), window=8, **SIZES)
+    assert [i for i, x in enumerate(far.layers) if x.kv_from == 1] == [4]
+    assert not any(x.attention for x in hymba(num_layers=3, attention_layers=(), **SIZES).layers)
+    every = hymba(num_layers=9, attention_layers=range(9), **SIZES)
+    assert every == hymba(num_layers=9, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention_layers": (1, 9)}, "attention_layers names layer 9, which does not exist"),
+        ({"attention_layers": (-1,)}, "attention_layers names layer -1, which does not exist"),
+        ({"attention_layers": (1,), "global_layers": (0,)}, "global_layers names layer 0, which"),
+        ({"global_layers": (0, 9)}, "global_layers names layer 9, which has no attention"),
+        ({"attention_layers": (1, 2), "share": [[1, 3]]}, "share names layer 3, which has no"),
+        ({"attention_layers": (1, 2), "share": [[0, 2]]}, "which has none of its own"),
+    ],
+)
+def test_layers_that_cannot_be(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        hymba(num_layers=9, window=None, **changes, **SIZES)
+
+
+def test_scattered() -> None:
+    """Evenly, never first or last, as many as were asked for."""
+    assert scattered(12, 3) == (2, 5, 8) and scattered(32, 1) == (15,)
+    assert scattered(5, 3) == (1, 2, 3) and scattered(1, 0) == scattered(0, 0) == ()
+    for layers in range(2, 40):
+        for count in range(layers - 1):
+            found = scattered(layers, count)
+            assert len(set(found)) == count and not {0, layers - 1} & set(found)
+            gaps = [b - a for a, b in pairwise([0, *found, layers - 1])]
+            assert max(gaps) - min(gaps) <= 1
+    for count in (-1, 4):
+        with pytest.raises(ConfigError, match=f"{count} of 5 layers cannot be scattered"):
+            scattered(5, count)
+
+
+def test_llama_with_the_cache_of_hymba() -> None:
+    """The paper's table 10, row 10: the same windows, the same sharing, no SSM. Its values are
+    half as wide, so it keeps two thirds of the K/V."""
+    hybrid = hymba(num_layers=8, window=6, meta_tokens=2, **SIZES)
+    compressed = llama(num_layers=8, window=6, share=True, meta_tokens=2, **SIZES)
+    assert compressed.layers == tuple(replace(x, ssm=False) for x in hybrid.layers)
+    assert [x.kv_from for x in compressed.layers].count(None) < 8
+    kept, kept_by_hybrid = (cache_bytes(x, 300) for x in (compressed, hybrid))
+    for kind in ("global_kv", "window_kv"):
+        assert 3 * kept[kind] == 2 * kept_by_hybrid[kind] > 0
+    assert llama(num_layers=2, **SIZES).layers == (Layer(ssm=False),) * 2
 
 
 def test_an_unknown_name_gets_a_hint() -> None:

@@ -60,6 +60,16 @@ def test_info_draws_every_preset(preset: str, capsys: pytest.CaptureFixture[str]
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_info_tells_a_fusion_that_is_not_the_mean() -> None:
+    """Where there is something to join."""
+    for name, told in (("hymba-tiny", True), ("llama-tiny", False)):
+        config = Config.preset(name)
+        assert "fusion" not in info.report("here", config, 100)
+        text = info.report("here", config.replace(fusion="subtract"), 100)
+        assert ("fusion     subtract: (a - s) / 2" in text) == told
+        assert max(map(len, text.splitlines())) <= 100
+
+
 def test_info_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config.preset("hymba-tiny")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))

@@ -17,6 +17,7 @@ from hymba import weights
 from hymba.config import Config
 from hymba.hf import HymbaConfig, HymbaForCausalLM, HymbaModel
 from hymba.model.decoder import LanguageModel
+from tests.plans import VARIANTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["plain", "swa_meta", "kvshare", "ntk", "full"]
@@ -61,7 +62,7 @@ def test_the_backbone_alone(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("plan", ["hymba", "hymba-no-meta", "llama", "mamba", "samba"])
+@pytest.mark.parametrize("plan", ["hymba", "hymba-no-meta", "llama", "mamba", "samba", *VARIANTS])
 def test_our_folders_and_theirs_are_one_format(
     plan: str,
     tiny: Callable[[str], Config],
@@ -76,7 +77,7 @@ def test_our_folders_and_theirs_are_one_format(
     theirs.save_pretrained(tmp_path / "theirs")
     back = weights.load(tmp_path / "theirs")
     assert_same(back.state_dict(), ours.state_dict())
-    assert back.config == ours.config
+    assert back.config == ours.config == theirs.config.to_hymba()
     twin = HymbaForCausalLM.from_pretrained(tmp_path / "theirs")
     ids = text(9)[None]
     torch.testing.assert_close(twin(ids).logits, theirs(ids).logits, rtol=0, atol=0)
@@ -186,14 +187,17 @@ def test_a_larger_vocabulary(build: Callable[..., HymbaForCausalLM], tmp_path: P
     assert weights.load(tmp_path).config.vocab_size == 70
 
 
-def test_initial_values_are_those_of_the_language_model(tiny: Callable[[str], Config]) -> None:
+@pytest.mark.parametrize("plan", ["hymba", "scalars"])
+def test_initial_values_are_those_of_the_language_model(
+    plan: str, tiny: Callable[[str], Config]
+) -> None:
     """Constants are equal, random tensors have the same spread."""
-    theirs = HymbaForCausalLM(HymbaConfig.from_hymba(tiny("hymba")))
-    ours = LanguageModel(tiny("hymba")).init_weights(seed=0)
+    theirs = HymbaForCausalLM(HymbaConfig.from_hymba(tiny(plan)))
+    ours = LanguageModel(tiny(plan)).init_weights(seed=0)
     mine = dict(theirs.model.named_parameters())
     for name, want in ours.named_parameters():
         got = mine[name]
-        if name.endswith("weight") and "norm" not in name:
+        if name.endswith("weight") and "norm" not in name and "scales" not in name:
             assert got.std().item() == pytest.approx(want.std().item(), rel=0.5), name
         else:
             torch.testing.assert_close(got, want, msg=name)

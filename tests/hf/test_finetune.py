@@ -187,10 +187,18 @@ def test_adapters_are_saved_and_loaded(
 
 
 @pytest.mark.parametrize(
-    "saved", [["meta_tokens"], ["embed_tokens", "lm_head"], ["attention_norm", "ssm_norm"]]
+    ("plan", "saved"),
+    [
+        ("hymba", ["meta_tokens"]),
+        ("hymba", ["embed_tokens", "lm_head"]),
+        ("hymba", ["attention_norm", "ssm_norm"]),
+        ("scalars", ["scales"]),
+    ],
 )
-def test_whole_modules_can_be_tuned(build: Build, peft: Any, text: Text, saved: list[str]) -> None:
-    model = peft.get_peft_model(build(), lora(peft, modules_to_save=saved)).train()
+def test_whole_modules_can_be_tuned(
+    build: Build, peft: Any, text: Text, plan: str, saved: list[str]
+) -> None:
+    model = peft.get_peft_model(build(plan), lora(peft, modules_to_save=saved)).train()
     ids = text(20)[None]
     model(ids, labels=ids).loss.backward()
     for name in saved:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hymba.config import Config, ConfigError
+from hymba.config import FUSIONS, Config, ConfigError
 from hymba.model import accounting
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
@@ -33,6 +33,7 @@ def count(module: nn.Module, *parts: str) -> int:
 
 
 VARIANTS = [{}, {"mlp_activation": "relu2"}, {"ssm_conv_bias": False}, {"tie_embeddings": False}]
+VARIANTS += [{"fusion": fusion} for fusion in FUSIONS]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -48,6 +49,7 @@ def test_parameters(plan: str, changes: dict[str, object], tiny: Tiny) -> None:
     assert found["ssm"] == count(model, ".ssm.")
     assert found["mlp"] == count(model, ".mlp.")
     names = (".input_norm.", ".mlp_norm.", ".attention_norm.", ".ssm_norm.", ".final_norm.")
+    names += (".scales.",)
     assert found["norms"] == count(model, *names)
     assert found["total"] == sum(n for part, n in found.items() if part != "total")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from hymba.config import Config
+from hymba.config import Config, Layer
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
 from hymba.ops.backend import forget
@@ -90,6 +90,25 @@ def test_chunks_and_decode(
             used += sum(lengths)
     for step, (got, want) in enumerate(zip(found["triton"], found["torch"], strict=True)):
         close(got, want, f"step {step}")
+
+
+@pytest.mark.parametrize("fusion", ["scalars", "concat"])
+def test_other_fusions(
+    fusion: str, device: str, on: Callable[[str], None], lively: Callable[..., LanguageModel]
+) -> None:
+    """Gradients, and a step: on kernels it is a product with what stands around it."""
+    config = tiny_pair().replace(layers=(Layer(),), meta_tokens=0, fusion=fusion)
+    model, ids = lively(config).to(device), torch.arange(7, device=device) * 5 % 61
+    found: dict[str, list[Tensor]] = {}
+    for name in ("torch", "triton"):
+        on(name)
+        loss = model.loss(model(ids, Batch.of((4, 3), device=device)), ids.roll(-1))
+        found[name] = list(torch.autograd.grad(loss, list(model.parameters())))
+        cache = model.new_cache(2)
+        model(ids[:5], Batch.of((3, 2), device=device), cache)
+        found[name].append(model(ids[5:], Batch.of((1, 1), (3, 2), device=device), cache))
+    for i, (got, want) in enumerate(zip(found["triton"], found["torch"], strict=True)):
+        close(got, want, f"number {i}")
 
 
 def test_a_block_is_one_graph(
