@@ -180,9 +180,9 @@ def _data(folder: Path, vocab_size: int) -> tuple[Tokenizer, TokenStore, TokenSt
     stores = []
     with Progress(transient=True) as progress:
         for name, files in {"train": train, "held_out": held_out}.items():
-            task = progress.add_task(f"tokenising {name} files", total=len(files))
+            task = progress.add_task(f"tokenising {name} files", total=None)
 
-            def update(done: int, total: int, task: Any = task) -> None:
+            def update(done: int, total: int | None, task: Any = task) -> None:
                 progress.update(task, completed=done, total=total)
 
             stores.append(prepare(folder / "data" / name, files, tokenizer, update))

@@ -68,7 +68,7 @@ def show_text(trained: Trained, tokenizer: Tokenizer, prompt: str) -> None:
 
 
 def compare(trained: Sequence[Trained], held_out: TokenStore) -> list[Row]:
-    tokens = torch.from_numpy(held_out.tokens[: max(LENGTHS)].astype("int64"))
+    tokens = torch.from_numpy(held_out.read(0, max(LENGTHS)).astype("int64"))
     return [_row(one, tokens) for one in trained]
 
 

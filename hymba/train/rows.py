@@ -1,7 +1,7 @@
 """Tokens on disk -> packed rows: an endless stream in which any row can be asked for by number.
 
     Packed    what one forward of a training step computes
-    Rows      row i, a function of i alone       Packer: one store, shuffled
+    Rows      row i, a function of i alone       Packer: one store, shuffled; Mixture: several
     Loader    takes rows in order, for one process or a share of them; resumes at the exact row
     HeldOut   whole documents for bits per byte
 
@@ -19,6 +19,7 @@ after the meta tokens. Nothing here is padded, and nothing here knows the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from hymba.train.sources import DataError
 from hymba.train.store import TokenStore
 
-Piece = tuple[int, int]  # where its first input lies in TokenStore.tokens, how many pairs it has
+Piece = tuple[int, int]  # where its first input lies in a TokenStore, how many pairs it has
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Packed:
 
     @classmethod
     def of(cls, store: TokenStore, pieces: Sequence[Piece]) -> Packed:
-        inputs = [store.tokens[first : first + length] for first, length in pieces]
-        labels = [store.tokens[first + 1 : first + 1 + length] for first, length in pieces]
-        return cls(_int64(inputs), _int64(labels), tuple(length for _, length in pieces))
+        """Pieces of documents; one more token of each is read, for the last label."""
+        read = [store.read(first, length + 1) for first, length in pieces]
+        return cls(
+            _int64([ids[:-1] for ids in read]),
+            _int64([ids[1:] for ids in read]),
+            tuple(length for _, length in pieces),
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Packed]) -> Packed:
@@ -159,6 +164,84 @@ class Packer:
             np.cumsum(self.store.pairs[documents]),
             random.permutation(self.rows_per_epoch),
         )
+
+
+class Mixture:
+    """Rows of several sources by weights, as a function of (sources, weights, seed, i).
+
+    Every BLOCK rows have a fixed number of each source's, the largest remainders of its share, in
+    a shuffled order of their own. So the shares are exact at the end of a block, never far off
+    inside one, and it needs no history to say which row of which source row i is.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, sources: Sequence[Rows], weights: Sequence[float], seed: int) -> None:
+        self.sources, self.seed = tuple(sources), seed
+        self.sequence_length = sources[0].sequence_length
+        if any(each.sequence_length != self.sequence_length for each in sources):
+            raise ValueError("the sources of a mixture have rows of different lengths")
+        self.counts = shares(weights, self.BLOCK)
+        if 0 in self.counts:
+            raise DataError(
+                f"a source with weight {weights[self.counts.index(0)]:g} of {sum(weights):g} has "
+                f"less than one row in {self.BLOCK}: give it more weight or leave it out"
+            )
+        self._block = lru_cache(maxsize=2)(self._shuffle)
+
+    def row(self, number: int) -> Packed:
+        source, place = self.place(number)
+        return self.sources[source].row(place)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(source, its row) that row `number` is."""
+        block, at = divmod(number, self.BLOCK)
+        sources, before = self._block(block)
+        source = int(sources[at])
+        return source, block * self.counts[source] + int(before[at])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "corpus": [each.identity for each in self.sources],
+            "rows of each": list(self.counts),
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+        }
+
+    @property
+    def bytes_per_label(self) -> float | None:
+        found = [each.bytes_per_label for each in self.sources]
+        known = [(b, n) for b, n in zip(found, self.counts, strict=True) if b is not None]
+        if len(known) < len(found):
+            return None
+        return sum(b * n for b, n in known) / self.BLOCK
+
+    def epochs(self, rows: int) -> float:
+        """Of all sources together: the rows taken over the rows there are."""
+        seen = [each.epochs(self.BLOCK) for each in self.sources]  # by so many rows of each
+        return rows / sum(self.BLOCK / each for each in seen) if all(seen) else 0.0
+
+    def _shuffle(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each row of a block: its source, and how many of that source lie before it."""
+        random = np.random.RandomState([self.seed % 2**32, block, 1])  # 1: no packer's numbers
+        sources = random.permutation(np.repeat(np.arange(len(self.counts)), self.counts))
+        before = np.empty(self.BLOCK, np.int64)
+        for source, count in enumerate(self.counts):
+            before[sources == source] = np.arange(count)
+        return sources, before
+
+
+def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
+    """Whole numbers that add up to `total` and are as near to the weights as can be."""
+    if not weights or any(not math.isfinite(w) or w <= 0 for w in weights):
+        raise DataError(f"weights must be numbers above 0, not {', '.join(map(str, weights))}")
+    exact = [weight / sum(weights) * total for weight in weights]
+    counts = [math.floor(each) for each in exact]
+    remainders = [floor - each for each, floor in zip(exact, counts, strict=True)]  # negative
+    for source in sorted(range(len(weights)), key=lambda i: remainders[i])[: total - sum(counts)]:
+        counts[source] += 1
+    return tuple(counts)
 
 
 class Loader:

@@ -14,8 +14,9 @@ from hymba.train.store import TokenStore, prepare
 
 def test_store_holds_the_documents(store: TokenStore, texts: Texts, tokenizer: Tokenizer) -> None:
     expected = [[1, *tokenizer.encode(text), 2] for text in texts]
-    assert store.tokens.dtype == np.uint16
-    assert store.tokens.tolist() == [i for ids in expected for i in ids]
+    tokens = store.read(0, 10**9)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [i for ids in expected for i in ids]
     assert store.documents[:, 0].tolist() == [len(ids) for ids in expected]
     assert store.documents[:, 1].tolist() == [len(text.encode()) for text in texts]
     assert store.manifest["bytes"] == sum(len(text.encode()) for text in texts)
@@ -30,7 +31,7 @@ def test_big_vocabularies_get_wider_numbers(tmp_path: Path, tokenizer: Tokenizer
             return [[69_999] for _ in texts]
 
     store = prepare(tmp_path / "s", Texts(("x",)), Big(tokenizer.files))
-    assert store.tokens.tolist() == [1, 69_999, 2]
+    assert store.read(0, 3).tolist() == [1, 69_999, 2]
 
 
 def test_prepare_reuses_what_fits_and_replaces_what_does_not(
@@ -51,7 +52,7 @@ def test_prepare_reuses_what_fits_and_replaces_what_does_not(
     other = Tokenizer.train(texts, vocab_size=270)
     third, passes = make(Texts(texts.texts[:9]), other)
     assert passes > 0 and third.identity != second.identity != first.identity
-    with open(tmp_path / "s" / "tokens.bin", "r+b") as file:
+    with open(tmp_path / "s" / "00000.bin", "r+b") as file:
         file.truncate(10)
     with pytest.raises(DataError, match="damaged"):
         TokenStore.open(tmp_path / "s")
