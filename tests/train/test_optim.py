@@ -357,6 +357,13 @@ def test_cosine() -> None:
     assert rates[32] == pytest.approx(at_32)
 
 
+def test_shares_that_both_round_up_leave_the_whole_fall() -> None:
+    """3.5 of 7 steps rise and 3.5 fall: four up, then three even steps down to the floor."""
+    schedule = Schedule(peak=1.0, warmup=0.5, decay=0.5, floor=0.1)
+    rates = [schedule.at(step, 7) for step in range(7)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.7, 0.4, 0.1])
+
+
 @pytest.mark.parametrize("kind", ["wsd", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_short_runs_have_sane_rates(kind: Any, steps: int) -> None:
