@@ -24,11 +24,17 @@ from hymba.errors import UserError
 COMMANDS = {
     "chat": ("hymba.commands.chat", "talk to a model in the terminal"),
     "demo": ("hymba.commands.demo", "train a small model on this machine and look at it"),
+    "finetune": ("hymba.commands.finetune", "teach a model from chats or preferences"),
     "generate": ("hymba.commands.generate", "continue prompts, or a file of them"),
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
     "serve": ("hymba.commands.serve", "an OpenAI-style server with a chat page"),
+    "train": ("hymba.commands.train", "train a model as a recipe says"),
 }
-EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve")
+EXTRAS = {
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    **dict.fromkeys(("trl", "peft", "accelerate"), "finetune"),
+}
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell counts signals
 FULL = (errno.ENOSPC, errno.EDQUOT)  # wherever it is written to, never our mistake
 
