@@ -15,6 +15,7 @@ processes that want one store do not meet: the second waits, and finds it made.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from array import array
@@ -312,10 +313,11 @@ class _Preparation:
     def run(self, shard_tokens: int) -> None:
         start: Place = tuple(self.shards[-1]["after"]) if self.shards else BEGIN
         try:
+            self._save_plan()
             encoded = self._encoded(start)
             while record := self._write_shard(encoded, shard_tokens):
                 self.shards.append(record)
-                self._save(NAMES["plan"], {**self.wanted, "shards": self.shards})
+                self._save_plan()
             if not self.shards:
                 raise DataError("there are no documents to tokenise")
             totals = {key: sum(shard[key] for shard in self.shards) for key in _KEYS}
@@ -341,6 +343,9 @@ class _Preparation:
             if path not in kept and path.name != NAMES["lock"]:
                 path.unlink()
         return whole
+
+    def _save_plan(self) -> None:
+        self._save(NAMES["plan"], {**self.wanted, "shards": self.shards})
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
         """Write a small file whole or not at all, after all that it speaks of."""
@@ -375,20 +380,20 @@ class _Preparation:
     def _encoded(self, start: Place) -> Iterator[_Encoded]:
         """Documents from `start` on as they are stored, until there are `most_tokens`."""
         bos, eos, dtype = self.tokenizer.bos_id, self.tokenizer.eos_id, self.wanted["dtype"]
-        most = self.wanted["most_tokens"]
+        most = math.inf if self.wanted["most_tokens"] is None else self.wanted["most_tokens"]
         for batch in _batches(self.source.documents(start)):
-            if most is not None and self.tokens >= most:
+            if self.tokens >= most:
                 return
             texts = [document.text for document in batch]
             for document, ids in zip(batch, self.tokenizer.encode_batch(texts), strict=True):
-                if most is not None and self.tokens >= most:
-                    return
+                if self.tokens >= most:
+                    break
                 size, summary = len(document.text.encode()), key_of(document.text)
                 key = summary if document.key is None else document.key
                 self.tokens += len(ids) + 2
                 tokens = np.array([bos, *ids, eos], dtype).tobytes()
                 yield _Encoded(document, tokens, (len(ids) + 2, size, key, summary))
-            self._tell(batch[-1])
+            self._tell(document)
 
     def _tell(self, last: Document) -> None:
         if self.progress is None:

@@ -1,15 +1,55 @@
 """Tokens on disk: all of them, once, whole or not at all."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hymba.tokenizer import Tokenizer
-from hymba.train.sources import DataError, Files, Texts
+from hymba.train import store as store_file
+from hymba.train.readers import DataError
+from hymba.train.sources import BEGIN, Document, Files, Place, Texts, key_of
 from hymba.train.store import TokenStore, prepare
+
+
+def tokens_of(store: TokenStore) -> list[int]:
+    return store.read(0, store.ends[-1]).tolist()
+
+
+class Fails(Texts):
+    """Stops before document `at`, as Ctrl-C does."""
+
+    at: int | None = None
+
+    def documents(self, start: Place = BEGIN) -> Iterator[Document]:
+        for document in super().documents(start):
+            if self.at is not None and document.after[1] > self.at:
+                raise KeyboardInterrupt
+            yield document
+
+
+def failing(texts: Texts, at: int | None) -> Fails:
+    source = Fails(texts.texts)
+    object.__setattr__(source, "at", at)
+    return source
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents go into the tokenizer alone, so that an interruption loses no others."""
+    monkeypatch.setattr(store_file, "ENCODE_AT_ONCE", 1)
 
 
 def test_store_holds_the_documents(store: TokenStore, texts: Texts, tokenizer: Tokenizer) -> None:
@@ -73,13 +113,8 @@ def test_an_interrupted_preparation_leaves_the_old_store(
 ) -> None:
     prepare(tmp_path / "s", texts, tokenizer)
 
-    class Broken(Texts):
-        def __iter__(self) -> Iterator[str]:
-            yield from self.texts[:70]
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path / "s", Broken(texts.texts * 2), tokenizer)
+        prepare(tmp_path / "s", failing(Texts(texts.texts * 2), at=70), tokenizer)
     assert TokenStore.open(tmp_path / "s").manifest["documents"] == 41
     assert os.listdir(tmp_path) == ["s"]
 
@@ -92,3 +127,373 @@ def test_no_documents_and_no_special_tokens_are_refused(
     nameless = Tokenizer(tokenizer.files | {"tokenizer_config.json": b'{"eos_token": null}'})
     with pytest.raises(DataError, match="begin and end"):
         prepare(tmp_path / "s", Texts(("x",)), nameless)
+
+
+# ---- shards
+
+
+def test_documents_lie_in_shards_and_none_in_two(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer
+) -> None:
+    whole = prepare(tmp_path / "one", texts, tokenizer)
+    store = prepare(tmp_path / "s", texts, tokenizer, shard_tokens=300)
+    assert len(whole.files) == 1 and len(store.files) == len(store.manifest["shards"]) > 5
+    assert (store.documents == whole.documents).all() and (store.starts == whole.starts).all()
+    assert tokens_of(store) == tokens_of(whole)
+    assert store.identity == whole.identity
+    assert set(store.ends[:-1]) <= set(store.starts.tolist())
+    sizes = np.diff([0, *store.ends])
+    assert all(300 <= size < 300 + store.documents[:, 0].max() for size in sizes[:-1])
+    for first, count in ((0, 1), (290, 50), (store.ends[0], 5), (5, 10**6), (10**6, 3)):
+        assert store.read(first, count).tolist() == tokens_of(whole)[first : first + count]
+    read = sorted(p.name for p in (tmp_path / "s").iterdir())
+    assert read == sorted([*(f"{i:05}.{e}" for i in range(len(sizes)) for e in ("bin", "npy")),
+                           "manifest.json"])  # fmt: skip
+
+
+def test_a_document_longer_than_a_shard_has_a_long_shard(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    long = "reads a row of words " * 50
+    store = prepare(tmp_path / "s", Texts(("a", long, "b")), tokenizer, shard_tokens=20)
+    assert [shard["documents"] for shard in store.manifest["shards"]] == [2, 1]
+    assert store.read(int(store.starts[1]), 10**6)[0] == 1
+    one = prepare(tmp_path / "t", Texts((long,)), tokenizer, shard_tokens=1)
+    assert one.manifest["documents"] == 1 and len(one.files) == 1
+
+
+def test_many_small_documents_fill_a_shard_too(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_file, "SHARD_DOCUMENTS", 3)
+    store = prepare(tmp_path / "s", Texts(tuple("abcdefgh")), tokenizer)
+    assert [shard["documents"] for shard in store.manifest["shards"]] == [3, 3, 2]
+
+
+def test_empty_documents_are_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    store = prepare(tmp_path / "s", Texts(("", "a", "", "", "b", "")), tokenizer)
+    assert store.manifest["documents"] == 2 and store.manifest["bytes"] == 2
+    with pytest.raises(DataError, match="no documents"):
+        prepare(tmp_path / "t", Texts(("", "")), tokenizer)
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_the_manifest_says_what_the_store_is(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer
+) -> None:
+    prepare(tmp_path / "s", texts, tokenizer, shard_tokens=500)
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["tokenizer"] == tokenizer.fingerprint
+    assert manifest["source"] == texts.fingerprint
+    for key in ("documents", "tokens", "bytes"):
+        assert manifest[key] == sum(shard[key] for shard in manifest["shards"])
+    assert manifest["documents"] == 41
+
+
+def test_damage_is_noticed(tmp_path: Path, texts: Texts, tokenizer: Tokenizer) -> None:
+    def break_(name: str, how: str) -> None:
+        path = tmp_path / "s" / name
+        content = path.read_bytes()
+        if how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content[:-8] if how == "short" else b"x" + content[1:])
+
+    for name, how in (
+        *((f"00001.{e}", how) for e in ("bin", "npy") for how in ("gone", "short")),
+        ("00001.npy", "changed"),
+        ("manifest.json", "changed"),
+        ("manifest.json", "short"),
+    ):
+        expected = prepare(tmp_path / "s", texts, tokenizer, shard_tokens=500)
+        break_(name, how)
+        with pytest.raises(DataError, match=r"damaged: delete it|is no token store"):
+            TokenStore.open(tmp_path / "s")
+        if name != "manifest.json" or how == "short":
+            again = prepare(tmp_path / "s", texts, tokenizer, shard_tokens=500)
+            assert tokens_of(again) == tokens_of(expected)
+
+
+def test_a_folder_that_is_no_store_is_never_replaced(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("mine", "file"):
+        with pytest.raises(DataError, match="name another folder"):
+            prepare(tmp_path / name, texts, tokenizer)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    assert prepare(tmp_path / "empty", texts, tokenizer).manifest["documents"] == 41
+
+
+# ---- most_tokens
+
+
+def test_most_tokens_end_with_the_document_that_reaches_them(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer
+) -> None:
+    whole = prepare(tmp_path / "whole", texts, tokenizer)
+    ends = np.cumsum(whole.documents[:, 0])
+    for most in (1, int(ends[4]), int(ends[4]) + 1, 10**9):
+        told: list[tuple[int, int | None]] = []
+        store = prepare(
+            tmp_path / f"s{most}",
+            texts,
+            tokenizer,
+            lambda *done: told.append(done),  # noqa: B023
+            most_tokens=most,
+            shard_tokens=100,
+        )
+        want = min(41, int(np.searchsorted(ends, most)) + 1)
+        assert store.manifest["documents"] == want and store.identity != whole.identity
+        assert tokens_of(store) == tokens_of(whole)[: store.ends[-1]]
+        assert told
+
+
+def test_a_stream_of_unknown_length_is_told_in_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    class Endless(Texts):
+        def documents(self, start: Place = BEGIN) -> Iterator[Document]:
+            for i in range(start[1], 10**9):
+                yield Document(f"text {i}", None, (0, i + 1), i + 1)
+
+        size: Any = None
+
+    told: list[tuple[int, int | None]] = []
+    store = prepare(
+        tmp_path / "s",
+        Endless(()),
+        tokenizer,
+        lambda *done: told.append(done),
+        most_tokens=2000,
+        shard_tokens=500,
+    )
+    assert 2000 <= store.manifest["tokens"] < 2100
+    assert told[0][1] == 2000 and told[-1][0] <= 2000 and told == sorted(told)
+
+
+# ---- interruptions
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    words=st.lists(st.text("ab é🦊\n", max_size=30), min_size=1, max_size=20).filter(any),
+    stops=st.lists(st.integers(0, 20), max_size=4),
+    room=st.integers(1, 60),
+    at_once=st.integers(1, 4),
+)
+def test_any_interruptions_leave_the_same_store(
+    words: list[str],
+    stops: list[int],
+    room: int,
+    at_once: int,
+    tokenizer: Tokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder, texts = tmp_path_factory.mktemp("stores"), Texts(tuple(words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_file, "ENCODE_AT_ONCE", at_once)
+        for stop in stops:
+            try:
+                prepare(folder / "s", failing(texts, stop), tokenizer, shard_tokens=room)
+            except KeyboardInterrupt:
+                assert not (folder / "s").exists()
+        store = prepare(folder / "s", failing(texts, None), tokenizer, shard_tokens=room)
+        plain = prepare(folder / "plain", texts, tokenizer)
+    assert tokens_of(store) == tokens_of(plain)
+    assert (store.documents == plain.documents).all()
+    expected = [i for text in texts if text for i in (1, *tokenizer.encode(text), 2)]
+    assert tokens_of(store) == expected
+    assert sorted(os.listdir(folder)) == ["plain", "s"]
+
+
+def test_whole_shards_are_not_made_again(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer, one_at_a_time: None
+) -> None:
+    told: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "s", failing(texts, 30), tokenizer, shard_tokens=200)
+    done = len(list((tmp_path / "s.unfinished").glob("*.npy")))
+    assert done > 3
+    before = (tmp_path / "s.unfinished" / "00000.bin").stat().st_mtime_ns
+    store = prepare(
+        tmp_path / "s", failing(texts, None), tokenizer, lambda d, _: told.append(d), None, 200
+    )
+    first = sum(shard["documents"] for shard in store.manifest["shards"][:done])
+    assert told[0] == first + 1 and told[-1] == 41
+    assert store.files[0].stat().st_mtime_ns == before
+
+
+def test_shards_of_other_text_or_damaged_ones_are_made_again(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer, one_at_a_time: None
+) -> None:
+    def interrupted() -> Path:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "s", failing(texts, 30), tokenizer, shard_tokens=200)
+        return tmp_path / "s.unfinished"
+
+    interrupted()
+    other = Texts(tuple(text + "!" for text in texts))
+    assert tokens_of(prepare(tmp_path / "s", other, tokenizer)) == [
+        i for text in other for i in (1, *tokenizer.encode(text), 2)
+    ]
+    with open(interrupted() / "00001.bin", "r+b") as file:
+        file.truncate(10)
+    (tmp_path / "s.unfinished" / "unfinished.json.unfinished").write_text("half")
+    store = prepare(tmp_path / "s", failing(texts, None), tokenizer, shard_tokens=200)
+    plain = prepare(tmp_path / "plain", texts, tokenizer)
+    assert tokens_of(store) == tokens_of(plain)
+    (interrupted_again := tmp_path / "t.unfinished").mkdir()
+    (interrupted_again / "unfinished.json").write_text("{")
+    assert tokens_of(prepare(tmp_path / "t", texts, tokenizer)) == tokens_of(plain)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hymba.tokenizer import Tokenizer
+from hymba.train import store
+from hymba.train.sources import file
+
+def kill(done, total):
+    if (folder.parent / "s.unfinished" / "00003.npy").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+store.ENCODE_AT_ONCE = 1
+folder = Path(sys.argv[1]) / "s"
+source = file(folder.parent / "corpus.jsonl")
+store.prepare(folder, source, Tokenizer.from_folder(folder.parent), kill, None, 200)
+"""
+
+
+def test_a_killed_preparation_goes_on(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer, root: Path
+) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "corpus.jsonl").write_text(lines)
+    tokenizer.save(tmp_path)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    unfinished = tmp_path / "s.unfinished"
+    before = (unfinished / "00003.bin").stat().st_mtime_ns
+    source = Files(tmp_path, ("corpus.jsonl",))
+    store = prepare(tmp_path / "s", source, tokenizer, shard_tokens=200)
+    assert tokens_of(store) == [i for text in texts for i in (1, *tokenizer.encode(text), 2)]
+    assert store.files[3].stat().st_mtime_ns == before and not unfinished.exists()
+
+
+def test_a_kill_between_the_two_renames_costs_nothing(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path / "s", Texts(("old",)), tokenizer)
+    rename = os.rename
+
+    def killed(old: Path, new: Path) -> None:
+        if old.name.endswith(".unfinished"):
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "s", texts, tokenizer)
+    monkeypatch.undo()
+    told: list[Any] = []
+    store = prepare(tmp_path / "s", texts, tokenizer, lambda *done: told.append(done))
+    assert store.manifest["documents"] == 41 and not told
+
+
+@pytest.mark.skipif(store_file.fcntl is None, reason="no locks here")
+@pytest.mark.parametrize("breaks", [False, True])
+def test_who_wants_what_another_is_making_waits_for_it(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer, breaks: bool
+) -> None:
+    """A lock belongs to an opened file, so threads stand for processes here. Where the first one
+    is interrupted, the next goes on."""
+    made: list[int] = []
+    interruptions = [30] if breaks else []
+
+    class Slow(Texts):
+        def documents(self, start: Place = BEGIN) -> Iterator[Document]:
+            made.append(start[1])
+            stop = interruptions.pop() if interruptions else None
+            for document in super().documents(start):
+                time.sleep(0.002)
+                if document.after[1] == stop:
+                    raise KeyboardInterrupt
+                yield document
+
+    def want(_: int) -> TokenStore | None:
+        try:
+            return prepare(tmp_path / "s", Slow(texts.texts), tokenizer, shard_tokens=200)
+        except KeyboardInterrupt:
+            return None
+
+    with ThreadPoolExecutor(5) as pool:
+        stores = list(pool.map(want, range(5)))
+    assert len(made) == 1 + breaks and made[0] == 0
+    assert sum(store is None for store in stores) == breaks
+    expected = [i for text in texts for i in (1, *tokenizer.encode(text), 2)]
+    assert all(tokens_of(store) == expected for store in stores if store)
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_memory_is_that_of_a_batch_not_of_the_corpus(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_file, "ENCODE_BYTES", 20_000)
+    peaks = []
+    for many in (100, 1000):
+        path = tmp_path / f"{many}.jsonl"
+        path.write_text((json.dumps({"text": "a row of words " * 100}) + "\n") * many)
+        tracemalloc.start()
+        prepare(tmp_path / f"s{many}", Files(tmp_path, (path.name,)), tokenizer, None, None, 40_000)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
+
+
+# ---- parts
+
+
+def test_a_store_is_split_by_the_documents_keys(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer
+) -> None:
+    store = prepare(tmp_path / "s", texts, tokenizer, shard_tokens=300)
+    train, held = store.split(30)
+    wanted = [key_of(text) < 0.3 * 2**63 for text in texts]
+    assert 0 < sum(wanted) == held.manifest["documents"] < 41
+    for part, side in ((train, False), (held, True)):
+        chosen = [text for text, out in zip(texts, wanted, strict=True) if out == side]
+        assert part.manifest["bytes"] == sum(len(text.encode()) for text in chosen)
+        read = [
+            part.read(int(s), int(n)).tolist()
+            for s, n in zip(part.starts, part.documents[:, 0], strict=True)
+        ]
+        assert read == [[1, *tokenizer.encode(text), 2] for text in chosen]
+        assert part.manifest["tokens"] == int(part.pairs.sum()) + len(chosen)
+    assert len({store.identity, train.identity, held.identity, store.split(29)[0].identity}) == 4
+
+
+def test_copies_of_held_out_texts_are_not_trained_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Files are held out by their names; a copy under another name would leak."""
+    names = [f"{i}.txt" for i in range(60)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_text(f"text {i % 20}")
+    store = prepare(tmp_path / "s", Files(tmp_path, tuple(names)), tokenizer)
+    train, held = store.split(10)
+    out = {i % 20 for i, name in enumerate(names) if key_of(name) < 0.1 * 2**63}
+    assert out and train.manifest["documents"] == sum(i % 20 not in out for i in range(60))
+    assert not set(train.documents[:, 3]) & set(held.documents[:, 3])
+    assert train.without(held) is train
+
+
+def test_stores_end_to_end(tmp_path: Path, texts: Texts, tokenizer: Tokenizer) -> None:
+    a = prepare(tmp_path / "a", Texts(texts.texts[:15]), tokenizer, shard_tokens=200)
+    b = prepare(tmp_path / "b", Texts(texts.texts[15:]), tokenizer, shard_tokens=300)
+    both, whole = TokenStore.joined([a, b]), prepare(tmp_path / "c", texts, tokenizer)
+    assert tokens_of(both) == tokens_of(whole) and len(both.files) == len(a.files) + len(b.files)
+    assert (both.starts == whole.starts).all() and (both.documents == whole.documents).all()
+    assert both.identity != TokenStore.joined([b, a]).identity
+    assert TokenStore.joined([a]) is a
+    assert both.manifest["bytes"] == whole.manifest["bytes"]
