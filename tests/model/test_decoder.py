@@ -134,6 +134,9 @@ def test_loss_is_the_mean_of_what_counts(tiny: Tiny, lively: Lively, text: Text)
     total = model.loss(hidden, labels, reduction="sum")
     torch.testing.assert_close(total, 7 * want, atol=1e-4, rtol=1e-5)
     assert model.loss(hidden, torch.full_like(labels, -100)).item() == 0
+    z = model.logits(hidden)[labels != -100].logsumexp(-1).square().mean()
+    got = model.loss(hidden, labels, z_loss=0.1)
+    torch.testing.assert_close(got, want + 0.1 * z, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -17,18 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hymba import presets
 from hymba.config import Config
 from hymba.model.decoder import LanguageModel
+from hymba.train.config import OptimConfig, OptimError, Schedule
 from hymba.train.muon import Muon, orthogonal
-from hymba.train.optim import (
-    OptimConfig,
-    OptimError,
-    Schedule,
-    clip,
-    decays,
-    normalize_weights,
-    optimizers,
-    parts,
-    set_lr,
-)
+from hymba.train.optim import clip, decays, normalize_weights, optimizers, parts, set_lr
 
 NewModel = Callable[[], LanguageModel]
 MUONS = {
