@@ -11,8 +11,8 @@ orthogonalised part by part: as one matrix the parts would share out the directi
 and who compared found parts better (Moonlight, xtuner, Megatron-LM). Attention's heads are not
 taken apart, which some do. And a parameter sharded by FSDP2 is gathered for the moment, so that
 its step is the one it would take in one process; means stay sharded. All processes then compute
-the same, which costs 5 * (4 m m n + 2 m m m) operations for a part of m x n, m <= n: a tenth of a
-second for 1.5 billion parameters on one GPU, to be shared out once that shows beside a step.
+the same, 5 * (4 m m n + 2 m m m) operations for a part of m x n, m <= n: 55 TFLOP for hymba-1.5b,
+what forward and backward take for 6,000 tokens. Where a step has not far more, share this out.
 """
 
 from __future__ import annotations
