@@ -25,7 +25,8 @@ ROWS: list[list[set[str]]] = [
     [{"model"}],
     [{"weights"}],
     [{"engine"}, {"train"}, {"hf"}],
-    [{"server"}],
+    [{"server"}, {"eval"}, {"finetune"}],
+    [{"lab"}],
     [{"cli", "commands", "recipes", "__main__"}],
 ]
 PORCH = "__init__"
@@ -37,12 +38,18 @@ TORCH_FREE = [
     "hymba.model.accounting",
     "hymba.cli",
     "hymba.commands",
-    *(["hymba.commands.info"] if find_spec("tyro") else []),
+    "hymba.train.config",
+    "hymba.recipes.pretrain",
+    *(
+        [f"hymba.commands.{name}" for name in ("info", "train", "finetune")]
+        if find_spec("tyro")
+        else []
+    ),
 ]
 # What transformers offers that only hf may touch: models, their configs, caches, generation.
 # A tokenizer's chat template is nobody's model.
 MODEL_CLASS = re.compile(
-    r"Auto(?!Tokenizer)|For[A-Z]|Model$|Config$|Cache|Generation|Trainer|^modeling|^models$"
+    r"Auto(?!Tokenizer)|For[A-Z]|Model$|Config$|Cache|Generation|Trainer(?!Callback)|^modeling|^models$"
 )
 # Packages that one place only may import: {package: where}.
 ONLY_IN = {
@@ -50,6 +57,8 @@ ONLY_IN = {
     "cuda": re.compile(r"_cuda\.py$"),
     "ray": re.compile(r"^server/replicas\.py$"),
     "xgrammar": re.compile(r"^engine/grammar\.py$"),
+    "trl": re.compile(r"^finetune/"),
+    "peft": re.compile(r"^finetune/"),
     "lm_eval": re.compile(r"^eval/harness\.py$"),
     **dict.fromkeys(
         ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"),

@@ -8,20 +8,27 @@ are only its options and what it prints.
 import inspect
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Options = TypeVar("Options")
 
 
 def parse(
-    options: type[Options], argv: Sequence[str], command: str, examples: Sequence[str] = ()
+    options: type[Options],
+    argv: Sequence[str],
+    command: str,
+    examples: Sequence[str] = (),
+    default: Options | None = None,
+    registry: Any = None,
 ) -> Options:
     """Read a command's options; `--help` and mistakes end the program here, as argparse's do.
 
-    The help opens with the dataclass' docstring and the examples (arguments only).
+    The help opens with the dataclass' docstring and the examples (arguments only). `default` is
+    where options come from that are not given, `registry` tyro's rules for types of our own.
     """
     import tyro  # here: a machine without it can still import the command
 
+    given: dict[str, Any] = {} if default is None else {"default": default}
     lines = [inspect.getdoc(options) or ""]
     if examples:
         lines += ["", "Examples:", *(f"  hymba {command} {example}" for example in examples)]
@@ -31,6 +38,8 @@ def parse(
         prog=f"hymba {command}",
         description="\n".join(lines),
         config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+        registry=registry,
+        **given,
     )
 
 

@@ -8,6 +8,7 @@ and schedule are the same too.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hymba.config import Config
 from hymba.model.accounting import fit, parameters
@@ -36,7 +37,7 @@ def hybrid(vocab_size: int = VOCABULARY) -> Config:
 def attention_only(vocab_size: int = VOCABULARY) -> Config:
     """As many parameters and the same heads, all attention."""
     budget = parameters(hybrid(vocab_size))["total"]
-    sizes = {"hidden_size": 128, "num_layers": 7, "num_heads": 4, "num_kv_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 128, "num_layers": 7, "num_heads": 4, "num_kv_heads": 2}
     return fit(lambda width: llama(intermediate_size=width, vocab_size=vocab_size, **sizes), budget)
 
 

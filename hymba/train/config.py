@@ -6,6 +6,7 @@ single fields of it; `Trainer` does what it says.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,26 +14,115 @@ from typing import Literal
 from hymba.config import Config
 from hymba.errors import UserError
 from hymba.train.data import DataConfig
-from hymba.train.optim import OptimConfig, Schedule
 
 
 class TrainError(UserError):
     """A run that cannot start or go on; the message says what to do."""
 
 
+class OptimError(UserError):
+    """Settings of the optimiser or schedule that make no sense; the message says which."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    The paper states only the learning rate (schedule); the rest is the field's habit.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw for all, or muon for the matrices of the blocks and adamw for the rest."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW: decay of the running means of gradient and squared gradient."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the mean squared gradient."""
+    weight_decay: float = 0.1
+    """Shrinks matrices by this times the learning rate each step."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; longer ones are scaled down to it."""
+    normalize: bool = False
+    """Scale the matrices of the blocks to unit rows or columns after each step (Nemotron-Flash)."""
+    muon_lr: float = 1.0
+    """Muon's learning rate over AdamW's; its steps are scaled to the size of AdamW's already."""
+    muon_momentum: float = 0.95
+    """Muon: decay of the running mean of the gradient."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise OptimError(f"optimiser kind {self.kind!r} is unknown: use adamw or muon")
+        for name, value in (("betas", max(self.betas)), ("muon_momentum", self.muon_momentum)):
+            if not 0 <= min(value, *self.betas) <= value < 1:
+                raise OptimError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        for name in ("eps", "clip", "muon_lr"):
+            if not getattr(self, name) > 0:
+                raise OptimError(f"{name} is {getattr(self, name)}, but must be above 0")
+        if not self.weight_decay >= 0:
+            raise OptimError(f"weight_decay is {self.weight_decay}, but must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a function of the step.
+
+    `wsd` (warmup-stable-decay, the paper's: 3e-3 to 1e-5, 1 % and 20 %) rises in a line to `peak`,
+    stays, and falls in a line to peak * floor (the paper does not state the shape of its fall).
+    `cosine` rises the same way and falls along half a cosine over all the rest.
+    """
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    peak: float = 3e-3
+    """The largest learning rate."""
+    warmup: float = 0.01
+    """Share of all steps that rises to the peak."""
+    decay: float = 0.2
+    """Share of all steps, at the end, that falls (wsd only)."""
+    floor: float = 1 / 300
+    """The last step's learning rate, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("wsd", "cosine"):
+            raise OptimError(f"schedule kind {self.kind!r} is unknown: use wsd or cosine")
+        if not self.peak > 0 or not 0 <= self.floor <= 1:
+            raise OptimError(f"peak {self.peak} must be above 0, floor {self.floor} from 0 to 1")
+        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
+            raise OptimError(
+                f"warmup {self.warmup} and decay {self.decay} must be shares of the run that "
+                "together are at most 1"
+            )
+
+    def at(self, step: int, steps: int) -> float:
+        """Learning rate of step number `step` (0 is the first) of a run of `steps`.
+
+        The first step has peak / warmup steps, the last one exactly peak * floor. Shares are
+        rounded to steps: one that is less than half a step (1 % of 49) is none at all.
+        """
+        rising = round(self.warmup * steps)
+        if step < rising:
+            return self.peak * (step + 1) / rising
+        falling = steps - rising if self.kind == "cosine" else round(self.decay * steps)
+        falling = min(falling, steps - rising)  # both were rounded up
+        done = step + 1 - (steps - falling)  # steps of the fall taken, counting this one
+        if done <= 0:
+            return self.peak
+        progress = done / falling
+        left = (1 + math.cos(math.pi * progress)) / 2 if self.kind == "cosine" else 1 - progress
+        return self.peak * (self.floor + (1 - self.floor) * left)
+
+
 @dataclass(frozen=True)
 class Extension:
     """The end of a run on longer rows, with a larger rotary base (paper section 2.5: the last 100B
-    of 1.5T tokens on 8k). The base is the released config's: "ntk" from the rows before to these."""
+    of 1.5T tokens on 8k). The base is the released config's: "ntk", from those rows to these."""
 
-    share: float = 1 / 15
-    """Share of the steps, at the end."""
+    share: float = 0.0
+    """Share of the steps, at the end; 0 for none (the paper's is about 1/15)."""
     sequence_length: int = 8192
     """Tokens per row there; a step has as many tokens as before, so fewer rows."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise TrainError(f"the extension's share is {self.share}, but must be between 0 and 1")
+        if not 0 <= self.share < 1:
+            raise TrainError(f"the extension's share is {self.share}, but must be 0 or up to 1")
 
 
 @dataclass(frozen=True)
@@ -55,7 +145,7 @@ class TrainConfig:
     memory."""
     sequence_length: int = 512
     """Tokens per row."""
-    extension: Extension | None = None
+    extension: Extension = field(default_factory=Extension)
     """Longer rows at the end."""
     seed: int = 0
     """Decides the order of the data, and the initial weights where a recipe makes them."""
@@ -64,9 +154,10 @@ class TrainConfig:
     optimizer: OptimConfig = field(default_factory=OptimConfig)
     schedule: Schedule = field(default_factory=Schedule)
     z_loss: float = 0.0
-    """Adds so much times the squared log of the softmax's denominator to the loss (1e-4 is usual)."""
+    """Adds to the loss so much times the squared log of the softmax's denominator (1e-4 is usual);
+    the training loss that is printed has it in it, the held-out loss has not."""
     recompute: bool = False
-    """Compute activations again in backward instead of keeping them: less memory, a third slower."""
+    """Compute activations again in backward instead of keeping them: less memory, more time."""
     compile: bool = False
     """Compile each layer's MLP (torch.compile); what follows the documents' lengths is not."""
     copies: int = 1
@@ -84,6 +175,8 @@ class TrainConfig:
     """Steps between printed lines; the file gets every step."""
     track: tuple[str, ...] = ()
     """Other viewers for the figures: tensorboard, wandb, trackio."""
+    minutes: float | None = None
+    """Stop after so many minutes, saved as by Ctrl-C; the same command goes on."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in the folder; never: refuse a folder with one."""
     most_skips: int = 10
@@ -105,13 +198,13 @@ class TrainConfig:
         self._check_extension()
 
     def _check_extension(self) -> None:
-        if self.extension is None:
+        if not self.extension.share:
             return
         longer = self.extension.sequence_length
         if longer <= self.sequence_length or self.tokens % longer:
             raise TrainError(
-                f"the extension's rows of {longer} tokens must be longer than {self.sequence_length}"
-                f" and divide a step of {self.tokens} tokens"
+                f"the extension's rows of {longer} tokens must be longer than the others"
+                f" ({self.sequence_length}) and divide a step of {self.tokens} tokens"
             )
 
     @property

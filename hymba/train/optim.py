@@ -1,125 +1,33 @@
 """What turns gradients into steps: AdamW and Muon, the learning rate, clipping, unit weights.
 
-    steppers = optimizers(model, OptimConfig(kind="muon"))
-    normalize_weights(model)                        # with normalize=True, before the first step
-    set_lr(steppers, Schedule().at(step, steps))    # before each step
-    clip(model.parameters(), 1.0)
+    made = optimizers(model, OptimConfig(kind="muon"))
+    normalize_weights(model)                    # where the config says so: before the first step
+    norm = clip(model.parameters(), 1.0)        # each step, before it
+    set_lr(made, Schedule().at(step, steps))
 
-Nothing here keeps state of its own: groups are read off the parameters' names and shapes, the
-learning rate is a function of the step alone (so a resumed run needs no scheduler state). All of
-it works on the sharded parameters (DTensors) of FSDP2 as on plain ones; Muon itself is in muon.py.
+Settings are in config.py. Nothing here keeps state of its own: groups are read off the parameters'
+names and shapes, the learning rate is a function of the step alone (so a resumed run needs no
+scheduler state). All of it works on the sharded parameters (DTensors) of FSDP2 as on plain ones;
+Muon itself is in muon.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hymba.errors import UserError
 from hymba.model.hybrid import HybridMixer
 from hymba.model.ssm import SSM
+from hymba.train.config import OptimConfig, OptimError
 from hymba.train.muon import Muon
 
-KINDS = ("adamw", "muon")
 # Matrices of the blocks, by what they do with the residual stream.
 READERS = {"in_proj", "gate_proj", "up_proj"}
 WRITERS = {"out_proj", "down_proj"}
-
-
-class OptimError(UserError):
-    """Settings of the optimiser or schedule that make no sense; the message says which."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    The paper states only the learning rate (schedule); the rest is the field's habit.
-    """
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    """adamw for all, or muon for the matrices of the blocks and adamw for the rest."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW: decay of the running means of gradient and squared gradient."""
-    eps: float = 1e-8
-    """AdamW: added to the root of the mean squared gradient."""
-    weight_decay: float = 0.1
-    """Shrinks matrices by this times the learning rate each step."""
-    clip: float = 1.0
-    """Largest norm of the whole gradient; longer ones are scaled down to it."""
-    normalize: bool = False
-    """Scale the matrices of the blocks to unit rows or columns after each step (Nemotron-Flash)."""
-    muon_lr: float = 1.0
-    """Muon's learning rate over AdamW's; its steps are scaled to the size of AdamW's already."""
-    muon_momentum: float = 0.95
-    """Muon: decay of the running mean of the gradient."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise OptimError(f"optimiser kind {self.kind!r} is unknown: use {' or '.join(KINDS)}")
-        for name, value in (("betas", max(self.betas)), ("muon_momentum", self.muon_momentum)):
-            if not 0 <= min(value, *self.betas) <= value < 1:
-                raise OptimError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
-        for name in ("eps", "clip", "muon_lr"):
-            if not getattr(self, name) > 0:
-                raise OptimError(f"{name} is {getattr(self, name)}, but must be above 0")
-        if not self.weight_decay >= 0:
-            raise OptimError(f"weight_decay is {self.weight_decay}, but must be 0 or more")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate as a function of the step.
-
-    `wsd` (warmup-stable-decay, the paper's: 3e-3 to 1e-5, 1 % and 20 %) rises in a line to `peak`,
-    stays, and falls in a line to peak * floor (the paper does not state the shape of its fall).
-    `cosine` rises the same way and falls along half a cosine over all the rest.
-    """
-
-    kind: Literal["wsd", "cosine"] = "wsd"
-    peak: float = 3e-3
-    """The largest learning rate."""
-    warmup: float = 0.01
-    """Share of all steps that rises to the peak."""
-    decay: float = 0.2
-    """Share of all steps, at the end, that falls (wsd only)."""
-    floor: float = 1 / 300
-    """The last step's learning rate, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("wsd", "cosine"):
-            raise OptimError(f"schedule kind {self.kind!r} is unknown: use wsd or cosine")
-        if not self.peak > 0 or not 0 <= self.floor <= 1:
-            raise OptimError(f"peak {self.peak} must be above 0, floor {self.floor} from 0 to 1")
-        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise OptimError(
-                f"warmup {self.warmup} and decay {self.decay} must be shares of the run that "
-                "together are at most 1"
-            )
-
-    def at(self, step: int, steps: int) -> float:
-        """Learning rate of step number `step` (0 is the first) of a run of `steps`.
-
-        The first step has peak / warmup steps, the last one exactly peak * floor. Shares are
-        rounded to steps: one that is less than half a step (1 % of 49) is none at all.
-        """
-        rising = round(self.warmup * steps)
-        if step < rising:
-            return self.peak * (step + 1) / rising
-        falling = steps - rising if self.kind == "cosine" else round(self.decay * steps)
-        falling = min(falling, steps - rising)  # both were rounded up
-        done = step + 1 - (steps - falling)  # steps of the fall taken, counting this one
-        if done <= 0:
-            return self.peak
-        progress = done / falling
-        left = (1 + math.cos(math.pi * progress)) / 2 if self.kind == "cosine" else 1 - progress
-        return self.peak * (self.floor + (1 - self.floor) * left)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -113,7 +113,8 @@ def spread(model: LanguageModel, world: World, copies: int = 1) -> LanguageModel
 
     if copies < 1 or world.size % copies:
         raise UserError(f"{world.size} processes cannot hold {copies} copies of the model")
-    shape, names = (world.size,), ("share",)
+    shape: tuple[int, ...] = (world.size,)
+    names: tuple[str, ...] = ("share",)
     if copies > 1:
         shape, names = (copies, world.size // copies), ("copy", "share")
     mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=names)

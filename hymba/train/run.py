@@ -29,13 +29,14 @@ import torch
 from hymba.config import Config
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
+from hymba.model.layers import MLP
 from hymba.train import metrics
 from hymba.train.config import TrainConfig, TrainError
 from hymba.train.optim import clip, normalize_weights, optimizers, set_lr
 from hymba.train.parallel import World, spread
 from hymba.train.resume import CheckpointError, Checkpoints, step_of
 from hymba.train.rows import Loader, Packed
-from hymba.train.stages import Rowmaker, Stage, stages
+from hymba.train.stages import Rowmaker, stages
 from hymba.train.stop import stop_signals
 from hymba.train.store import TokenStore
 from hymba.train.track import Tracker, numbers, trackers
@@ -89,6 +90,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.seconds = 0.0  # spent in training steps, over all calls
         self._stage = self._stages[0]
+        self._began = time.monotonic()
         self._rate: float | None = None  # of matrix products on this device
 
     # ---- the run
@@ -96,15 +98,18 @@ class Trainer:
     def run(self) -> Result:
         """Train until config.steps are done or a signal (Ctrl-C, SIGTERM) comes.
 
-        A signal lets the step finish and be saved; a second Ctrl-C stops at once. TrainError if
-        gradients stay non-finite for config.most_skips steps.
+        A signal lets the step finish and be saved, as config.minutes does; a second Ctrl-C stops at
+        once. TrainError if gradients stay non-finite for config.most_skips steps.
         """
+        self._began = time.monotonic()
         self._resume()
         watchers = self._watchers()
         record: metrics.Record = {}
         try:
             with stop_signals(self.world.joined) as stop:
-                while self.step < self.config.steps and not self._agreed(stop.is_set()):
+                while self.step < self.config.steps and not self._agreed(
+                    stop.is_set() or self._late()
+                ):
                     record = self._one_step()
                     self._record(watchers, record)
                     self._stop_if_lost()
@@ -130,6 +135,11 @@ class Trainer:
     def loader(self) -> Loader:
         """Of the rows that the next step takes."""
         return self._stage.loader
+
+    def _late(self) -> bool:
+        """Whether this call has had its minutes."""
+        minutes = self.config.minutes
+        return minutes is not None and time.monotonic() - self._began > 60 * minutes
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any process was told to stop, so that all stop after the same step."""
@@ -341,9 +351,9 @@ def recomputed(block: Callable[..., Any], *args: Any) -> Any:
 def compile_parts(model: LanguageModel) -> None:
     """Compile what is the same for all rows. The mixers are not: the lengths of the documents in a
     row decide what they compute, and every step has others."""
-    for block in model.decoder.layers:
-        if block.mlp is not None:
-            block.mlp.compile()
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.compile()
 
 
 def _plain(config: Config) -> dict[str, Any]:

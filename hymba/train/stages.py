@@ -60,7 +60,7 @@ def stages(
         )
 
     longer = config.extension
-    if longer is None:
+    if not longer.share:
         return [stage(0, config.sequence_length, config.seed, model)]
     before = dataclasses.replace(model, rope_type="default")
     after = dataclasses.replace(

@@ -42,8 +42,15 @@ def tokenizer(texts: Texts) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def store(texts: Texts, tokenizer: Tokenizer, tmp_path_factory) -> TokenStore:
-    return prepare(tmp_path_factory.mktemp("data") / "train", texts, tokenizer)
+def store_folder(texts: Texts, tokenizer: Tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "train"
+    prepare(folder, texts, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(store_folder: Path) -> TokenStore:
+    return TokenStore.open(store_folder)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from hymba.config import Config
 from hymba.errors import UserError
 from hymba.model.decoder import LanguageModel
 from hymba.train import OptimConfig, TokenStore, TrainConfig, Trainer, TrainError, metrics
@@ -87,7 +88,11 @@ def figures(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def together(
-    tmp_path_factory: pytest.TempPathFactory, store: TokenStore, root: Path, hybrid: Any
+    tmp_path_factory: pytest.TempPathFactory,
+    store: TokenStore,
+    store_folder: Path,
+    root: Path,
+    hybrid: Config,
 ) -> Path:
     """A folder in which two processes have done all of RUNS, and "stopped" in the middle."""
     folder = tmp_path_factory.mktemp("together")
@@ -103,7 +108,7 @@ def together(
     (folder / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    given = [str(Path(__file__).parent), str(folder), str(folder), str(store.folder)]
+    given = [str(Path(__file__).parent), str(folder), str(folder), str(store_folder)]
     done = subprocess.run(
         [*launch, str(folder / "script.py"), *given],
         cwd=root,
@@ -126,7 +131,7 @@ def test_two_processes_train_as_one(
     ours, theirs = figures(tmp_path / name), figures(together / name)
     for key, values in ours.items():
         assert len(values) == (2 if key == "bits_per_byte" else STEPS)
-        print(key, ((theirs[key]-values)/values).tolist())
+        print(key, ((theirs[key] - values) / values).tolist())
         torch.testing.assert_close(theirs[key], values, rtol=2e-5, atol=0, msg=key)
     weights = torch.load(together / f"{name}.pt")
     for key, p in alone.model.state_dict().items():

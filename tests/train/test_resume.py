@@ -12,7 +12,6 @@ from torch import nn
 from hymba.train import resume
 from hymba.train.resume import CheckpointError, Checkpoints, step_of
 
-
 Optimizers = list[torch.optim.Optimizer]
 
 

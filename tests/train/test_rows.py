@@ -1,13 +1,19 @@
 """Documents to rows: nothing lost, nothing twice, the same again, resumable anywhere."""
 
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hymba.tokenizer import Tokenizer
-from hymba.train.rows import HeldOut, Loader, Packed, Packer
+from hymba.train.rows import HeldOut, Loader, Mixture, Packed, Packer, shares
 from hymba.train.sources import DataError, Texts
 from hymba.train.store import TokenStore, prepare
 
@@ -177,3 +183,131 @@ def test_batches_of_held_out_can_be_asked_for_by_number(store: TokenStore) -> No
     held = HeldOut(store, LENGTH, 2)
     numbered = [pair for i in range(len(held)) for pair in pairs_of(held[i])]
     assert len(held) > 3 and numbered == [pair for packed in held for pair in pairs_of(packed)]
+
+
+# ---- mixtures
+
+
+class Counting:
+    """Rows whose only token is their number (and their source's)."""
+
+    sequence_length = 2
+    bytes_per_label: float | None = 3.0
+
+    def __init__(self, source: int = 0, rows_per_epoch: int = 100) -> None:
+        self.source, self.rows_per_epoch = source, rows_per_epoch
+
+    def row(self, number: int) -> Packed:
+        both = torch.tensor([self.source, number])
+        return Packed(both, both, (2,))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"corpus": f"counting {self.source}"}
+
+    def epochs(self, rows: int) -> float:
+        return rows / self.rows_per_epoch
+
+
+def mixture(weights: Sequence[float], seed: int = 0) -> Mixture:
+    return Mixture([Counting(i) for i in range(len(weights))], weights, seed)
+
+
+@settings(deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=5),
+    seed=st.integers(-5, 2**40),
+    number=st.integers(0, 10**9),
+)
+def test_any_row_of_a_mixture_is_the_next_of_its_source(
+    weights: list[float], seed: int, number: int
+) -> None:
+    """The slow twin walks the block and counts. Any row, asked for alone, is the same one."""
+    mixed = mixture(weights, seed)
+    block = number // Mixture.BLOCK
+    nexts = [block * count for count in mixed.counts]
+    for i in range(block * Mixture.BLOCK, (block + 1) * Mixture.BLOCK):
+        source, place = mixed.row(i).tokens.tolist()
+        assert place == nexts[source]
+        nexts[source] += 1
+        if i == number:
+            assert mixture(weights, seed).row(number).tokens.tolist() == [source, place]
+    assert nexts == [(block + 1) * count for count in mixed.counts]
+
+
+@given(weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), total=st.integers(0, 2000))
+def test_shares_are_whole_and_add_up(weights: list[float], total: int) -> None:
+    counts = shares(weights, total)
+    assert sum(counts) == total
+    for count, weight in zip(counts, weights, strict=True):
+        assert abs(count - weight / sum(weights) * total) < 1
+    order = sorted(range(len(weights)), key=lambda i: weights[i])
+    for less, more in zip(order, order[1:], strict=False):
+        assert counts[less] <= counts[more] or weights[less] == weights[more]
+
+
+def test_shares_by_hand() -> None:
+    assert shares([1, 1, 1], 1024) == (342, 341, 341)
+    assert shares([0.7, 0.3], 1024) == (717, 307)
+    assert shares([70, 30], 1024) == (717, 307)
+    assert shares([5], 3) == (3,)
+
+
+@pytest.mark.parametrize("weights", [[], [1, 0], [1, -1], [1, math.nan], [math.inf, 1]])
+def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+    with pytest.raises(DataError, match="weights must be numbers above 0"):
+        shares(weights, 1024)
+
+
+def test_a_weight_below_a_row_in_a_block_is_refused() -> None:
+    with pytest.raises(DataError, match="weight 0.0001 of 1.0001 has less than one row in 1024"):
+        mixture([1, 0.0001])
+
+
+def test_a_mixture_is_shuffled_differently_by_block_and_seed() -> None:
+    mixed = mixture([0.5, 0.5])
+
+    def order(mixed: Mixture, block: int) -> list[int]:
+        return [mixed.place(block * 1024 + i)[0] for i in range(1024)]
+
+    assert order(mixed, 0) != order(mixed, 1) != order(mixed, 2)
+    assert order(mixed, 0) != order(mixture([0.5, 0.5], 1), 0)
+    assert sum(order(mixed, 0)[:100]) == pytest.approx(50, abs=20)  # mixed all along
+
+
+def test_a_mixture_of_stores_resumes_in_the_middle(store: TokenStore, tokenizer: Tokenizer,
+                                                    tmp_path: Path) -> None:  # fmt: skip
+    other = prepare(tmp_path / "s", Texts(("some other text " * 90,)), tokenizer)
+    mixed = Mixture([Packer(store, LENGTH, 3), Packer(other, LENGTH, 3)], [3, 1], 3)
+    one = Loader(mixed)
+    one.take(1000)
+    state = json.loads(json.dumps(one.state_dict()))
+    again = Loader(Mixture([Packer(store, LENGTH, 3), Packer(other, LENGTH, 3)], [0.75, 0.25], 3))
+    again.load_state_dict(state)
+    [a], [b] = one.take(100), again.take(100)
+    assert pairs_of(a) == pairs_of(b) and a.lengths == b.lengths
+    for changed, key in (
+        (Mixture(mixed.sources[::-1], [1, 3], 3), "corpus"),
+        (Mixture(mixed.sources, [1, 1], 3), "rows of each"),
+        (Mixture(mixed.sources, [3, 1], 4), "seed"),
+        (Packer(store, LENGTH, 3), "corpus"),
+    ):
+        with pytest.raises(DataError, match=f"made with {key}"):
+            Loader(changed).load_state_dict(state)
+    with pytest.raises(DataError, match="made with corpus"):
+        one.load_state_dict(Loader(Packer(store, LENGTH, 3)).state_dict())
+
+
+def test_what_a_mixture_says_of_itself() -> None:
+    a, b = Counting(0, rows_per_epoch=100), Counting(1, rows_per_epoch=300)
+    b.bytes_per_label = 5.0
+    mixed = Mixture([a, b], [1, 3], 0)
+    assert mixed.epochs(200) == pytest.approx(0.5)  # of 400 rows
+    assert mixed.bytes_per_label == pytest.approx(0.25 * 3 + 0.75 * 5)
+    a.bytes_per_label = None
+    assert mixed.bytes_per_label is None
+    a.epochs = lambda rows: 0.0  # type: ignore[method-assign]
+    assert mixed.epochs(200) == 0.0
+    b.sequence_length = 3
+    with pytest.raises(ValueError, match="different lengths"):
+        Mixture([a, b], [1, 3], 0)

@@ -177,7 +177,11 @@ def test_a_skipped_step_moves_nothing(
     poison(model, {1})
     trainer = Trainer(model, config(tmp_path), store, None, silent)
     record = trainer._one_step()
-    assert record["skipped_steps"] == 1 and trainer.step == 1 and not any(o.state for o in trainer.optimizers)
+    assert (
+        record["skipped_steps"] == 1
+        and trainer.step == 1
+        and not any(o.state for o in trainer.optimizers)
+    )
     fresh = new_model().state_dict()
     assert all(torch.equal(p, fresh[name]) for name, p in model.state_dict().items())
 
@@ -332,6 +336,7 @@ sys.exit(3 if result.stopped else 0)
 def test_killed_and_resumed_gives_the_same_losses_bit_for_bit(
     new_model: NewModel,
     store: TokenStore,
+    store_folder: Path,
     tmp_path: Path,
     root: Path,
     number: signal.Signals,
@@ -339,7 +344,7 @@ def test_killed_and_resumed_gives_the_same_losses_bit_for_bit(
     sizes = json.dumps(new_model().config.to_dict())
     stopped, threads = tmp_path / "stopped", str(torch.get_num_threads())
     child = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(stopped), str(store.folder), sizes, threads],
+        [sys.executable, "-c", SCRIPT, str(stopped), str(store_folder), sizes, threads],
         cwd=root,
         stdout=subprocess.PIPE,
         text=True,

@@ -276,7 +276,7 @@ def test_a_stream_of_unknown_length_is_told_in_tokens(tmp_path: Path, tokenizer:
 # ---- interruptions
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     words=st.lists(st.text("ab é🦊\n", max_size=30), min_size=1, max_size=20).filter(any),
     stops=st.lists(st.integers(0, 20), max_size=4),
