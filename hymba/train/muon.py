@@ -7,12 +7,13 @@ decay serve both (Liu et al. 2025, arXiv 2502.16982).
 
 torch.optim.Muon is the same for one whole matrix, and the tests compare with it. Here are two
 things that it has not. A weight in which several projections lie one behind the other is
-orthogonalised part by part: as one matrix the parts would share out the directions between them,
-and who compared found parts better (Moonlight, xtuner, Megatron-LM). Attention's heads are not
-taken apart, which some do. And a parameter sharded by FSDP2 is gathered for the moment, so that
-its step is the one it would take in one process; means stay sharded. All processes then compute
-the same, 5 * (4 m m n + 2 m m m) operations for a part of m x n, m <= n: 55 TFLOP for hymba-1.5b,
-what forward and backward take for 6,000 tokens. Where a step has not far more, share this out.
+orthogonalised part by part: as one matrix the parts would share out the directions between them.
+(Moonlight's authors found parts better; Megatron-LM splits too, some split attention's heads as
+well.) And a parameter sharded by FSDP2 is gathered for the moment, so that its step is the one it
+would take in one process; means stay sharded. All processes then compute the same,
+5 * (4 m m n + 2 m m m) operations for a part of m x n, m <= n: 55 TFLOP for hymba-1.5b, what
+forward and backward take for 6,000 tokens. Where steps have not many times as many, the matrices
+would have to be shared out between the processes, which is not done here.
 """
 
 from __future__ import annotations
