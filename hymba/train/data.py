@@ -150,7 +150,7 @@ def open_data(config: DataConfig, progress: Progress | None = None) -> Data:
     stores, held_out = _separate(config, stores, others)
     corpora = []
     for (name, _), weight, store in zip(named, weights, stores, strict=True):
-        if not store.manifest["documents"]:
+        if not len(store.documents):
             raise DataError(f"{name} has no documents left that are not held out: give more")
         corpora.append(Corpus(name, weight, store))
     return Data(tokenizer, tuple(corpora), held_out)
@@ -198,15 +198,22 @@ def find(name: str, key: str = "text") -> Source:
 def _separate(
     config: DataConfig, stores: list[TokenStore], others: list[TokenStore]
 ) -> tuple[list[TokenStore], TokenStore | None]:
-    """(what to train on of each store, what is held out of all). No text is in both."""
+    """(what to train on of each store, what is held out of all). No text is in both.
+
+    A store so small that all of it would be held out is trained on as a whole.
+    """
     from hymba.train.store import TokenStore
 
     if not others:
         if not config.held_out_percent:
             return stores, None
         parts = [store.split(config.held_out_percent) for store in stores]
-        stores, others = [train for train, _ in parts], [held for _, held in parts]
-    others = [store for store in others if store.manifest["documents"]]
+        good = [bool(len(train.documents) and len(held.documents)) for train, held in parts]
+        others = [held for (_, held), use in zip(parts, good, strict=True) if use]
+        stores = [
+            train if use else store
+            for store, (train, _), use in zip(stores, parts, good, strict=True)
+        ]
     if not others:
         raise DataError(
             f"{config.held_out_percent:g} percent of the sources is no document: give more text, a "

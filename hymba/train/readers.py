@@ -19,6 +19,7 @@ from hymba.errors import UserError
 Texts = Iterator[tuple[str, int]]
 
 PIECE = 4 << 20  # bytes of a plain text that are one document; a longer file becomes several
+PAGE = 32 << 10  # the same for a file that is a source by itself, of which a part is held out
 JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 PARQUET = (".parquet",)
 # What a folder's plain texts are called. A file that is named itself may end as it likes.
@@ -39,8 +40,9 @@ def is_structured(name: str) -> bool:
     return name.lower().endswith((*JSON_LINES, *PARQUET))
 
 
-def read(path: Path, key: str, first: int = 0) -> Texts:
-    """The texts of a file from number `first` on; `key` names them in JSON lines and parquet."""
+def read(path: Path, key: str, first: int = 0, piece: int = PIECE) -> Texts:
+    """The texts of a file from number `first` on: pieces of a plain text, or what is under `key`
+    in JSON lines and parquet."""
     name = path.name.lower()
     try:
         if name.endswith(JSON_LINES):
@@ -48,7 +50,7 @@ def read(path: Path, key: str, first: int = 0) -> Texts:
         elif name.endswith(PARQUET):
             yield from _parquet(path, key, first)
         else:
-            yield from islice(_pieces(path), first, None)
+            yield from islice(_pieces(path, piece), first, None)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is no whole gzip file ({error}): make it again") from error
     except OSError as error:
@@ -58,16 +60,16 @@ def read(path: Path, key: str, first: int = 0) -> Texts:
 # ---- plain text
 
 
-def _pieces(path: Path) -> Texts:
-    """A text as one document or, beyond PIECE bytes, several that end at ends of lines.
+def _pieces(path: Path, most: int) -> Texts:
+    """A text as one document or, beyond `most` bytes, several that end at ends of lines.
 
     So that memory does not depend on a file's size. Joined they are the file, byte for byte.
     """
     with open(path, "rb") as file:
         kept = b""
         # Not as a text file: that would turn \r\n into \n, and bits per byte counts real bytes.
-        while block := kept + file.read(PIECE - len(kept)):
-            end = len(block) if len(block) < PIECE else _last_break(block)
+        while block := kept + file.read(most - len(kept)):
+            end = len(block) if len(block) < most else _last_break(block)
             kept = block[end:]
             yield _decoded(block[:end], path), file.tell() - len(kept)
 

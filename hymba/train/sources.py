@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from hymba.train.readers import READABLE, DataError, is_structured, read, text_of
+from hymba.train.readers import PAGE, PIECE, READABLE, DataError, is_structured, read, text_of
 
 Place = tuple[int, int]  # files and, of the next one, documents that lie before
 BEGIN: Place = (0, 0)
@@ -85,12 +85,14 @@ class Files:
     """Files below `root`; `names` are paths with forward slashes, `key` where rows have a text.
 
     A plain text is one document (a very long one several) and is held out by its name; a row of
-    JSON lines or parquet is held out by its text.
+    JSON lines or parquet is held out by its text, and so are the pages of a text `alone`, of which
+    all or nothing would be held out by the name.
     """
 
     root: Path
     names: tuple[str, ...]
     key: str = "text"
+    alone: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -104,8 +106,9 @@ class Files:
         for number in range(start[0], len(self.names)):
             name = self.names[number]
             first = start[1] if number == start[0] else 0
-            key = None if is_structured(name) else key_of(name)
-            for at, (text, end) in enumerate(read(self.root / name, self.key, first), first + 1):
+            key = None if self.alone or is_structured(name) else key_of(name)
+            texts = read(self.root / name, self.key, first, PAGE if self.alone else PIECE)
+            for at, (text, end) in enumerate(texts, first + 1):
                 yield Document(text, key, (number, at), done + end)
             done += sizes[number]
 
@@ -116,6 +119,8 @@ class Files:
         parts = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found]
         if any(map(is_structured, self.names)):
             parts.append(f"text is in {self.key}")
+        if self.alone:
+            parts.append(f"pages of {PAGE}")
         return digest(parts)
 
     @property
@@ -142,7 +147,7 @@ def file(path: Path, key: str = "text") -> Files:
             f"{path} is of no kind that is read: give plain text, JSON lines (.jsonl, .jsonl.gz) or"
             " .parquet"
         )
-    return Files(path.parent, (path.name,), key)
+    return Files(path.parent, (path.name,), key, alone=True)
 
 
 def folder(root: Path, key: str = "text") -> Files:

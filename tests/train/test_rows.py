@@ -275,8 +275,9 @@ def test_a_mixture_is_shuffled_differently_by_block_and_seed() -> None:
     assert sum(order(mixed, 0)[:100]) == pytest.approx(50, abs=20)  # mixed all along
 
 
-def test_a_mixture_of_stores_resumes_in_the_middle(store: TokenStore, tokenizer: Tokenizer,
-                                                    tmp_path: Path) -> None:  # fmt: skip
+def test_a_mixture_of_stores_resumes_in_the_middle(
+    store: TokenStore, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     other = prepare(tmp_path / "s", Texts(("some other text " * 90,)), tokenizer)
     mixed = Mixture([Packer(store, LENGTH, 3), Packer(other, LENGTH, 3)], [3, 1], 3)
     one = Loader(mixed)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hymba.train import readers
+from hymba.train import sources
 from hymba.train.readers import DataError, read
 from hymba.train.sources import (
     Files,
@@ -108,8 +108,8 @@ def test_a_long_text_is_cut_into_pieces_that_are_the_text(
     path = tmp_path_factory.mktemp("long") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "PIECE", piece)
-        found = list(read(path, ""))
+        patch.setattr(sources, "PAGE", piece)
+        found = list(read(path, "", 0, piece))
         assert "".join(part for part, _ in found) == text
         assert all(0 < len(part.encode()) <= piece for part, _ in found)
         ends = [sum(len(p.encode()) for p, _ in found[: i + 1]) for i in range(len(found))]
@@ -117,7 +117,7 @@ def test_a_long_text_is_cut_into_pieces_that_are_the_text(
         for part, _ in found[:-1]:  # cut inside a line only where it has no other end
             assert part.endswith("\n") or ("\n" not in part)
         if found:
-            resumes_anywhere(Files(path.parent, (path.name,)))
+            resumes_anywhere(file(path))
 
 
 def test_every_file_is_one_document_held_out_by_its_name(tmp_path: Path) -> None:
@@ -125,6 +125,19 @@ def test_every_file_is_one_document_held_out_by_its_name(tmp_path: Path) -> None
         (tmp_path / name).write_text(f"text of {name}")
     found = list(folder(tmp_path).documents())
     assert [d.key for d in found] == [key_of("a.txt"), key_of("b.md")]
+
+
+def test_a_file_alone_is_read_in_pages_held_out_by_their_text(tmp_path: Path) -> None:
+    """By its name all of it or nothing would be held out."""
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i} of a book\n" for i in range(20_000)))
+    found = list(file(path).documents())
+    assert len(found) == -(-path.stat().st_size // sources.PAGE) and {d.key for d in found} == {
+        None
+    }
+    assert "".join(d.text for d in found) == path.read_text()
+    assert len(list(folder(tmp_path).documents())) == 1
+    assert folder(tmp_path).fingerprint != file(path).fingerprint
 
 
 # ---- JSON lines
