@@ -27,6 +27,7 @@ COMMANDS = {
     "finetune": ("hymba.commands.finetune", "teach a model from chats or preferences"),
     "generate": ("hymba.commands.generate", "continue prompts, or a file of them"),
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
+    "lab": ("hymba.commands.lab", "compare architectures of one size: language, recall, cost"),
     "serve": ("hymba.commands.serve", "an OpenAI-style server with a chat page"),
     "train": ("hymba.commands.train", "train a model as a recipe says"),
 }

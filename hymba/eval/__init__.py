@@ -1,17 +1,16 @@
-"""Evaluation: what a model can do, measured. recall.py: synthetic tasks, exactly scored."""
+"""Evaluation: what a model can do, measured. tasks.py: synthetic recall tasks; recall.py: rows of
+them for the Trainer, exactly scored."""
 
-from hymba.eval.recall import (
+from hymba.eval.recall import RecallRows, Score, score
+from hymba.eval.tasks import (
     MQAR,
     TASKS,
     Induction,
     Needle,
     Phonebook,
     RecallError,
-    RecallRows,
-    Score,
     SelectiveCopy,
     Task,
-    score,
 )
 
 __all__ = [
