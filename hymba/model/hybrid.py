@@ -159,12 +159,11 @@ class HybridMixer(nn.Module):
         """What each branch made of the rows -> what out_proj reads."""
         if self.attention_norm is None or self.ssm_norm is None:
             return outs[0]
-        weights, eps = self.weights_of_mean(), self.ssm_norm.eps
+        attention, ssm = outs
+        weights = self.weights_of_mean()
         if weights is not None:
-            return ops.fuse_heads(*outs, *weights, eps=eps)
-        norms = self.attention_norm.weight, self.ssm_norm.weight
-        parts = zip(outs, norms, strict=True)
-        return torch.cat([ops.rms_norm(out, weight, eps) for out, weight in parts], dim=-1)
+            return ops.fuse_heads(attention, ssm, *weights, eps=self.ssm_norm.eps)
+        return torch.cat([self.attention_norm(attention), self.ssm_norm(ssm)], dim=-1)
 
     def weights_of_mean(self) -> tuple[Tensor, Tensor] | None:
         """The norms' weights with which the mean is this fusion, None where no weights do that. A
@@ -181,7 +180,7 @@ class Block(nn.Module):
     """Pre-norm residual block: x += mixer(norm(x)); x += mlp(norm(x)).
 
     The second norm is one op with the addition before it, so its module gives only the weight: like
-    the norms of the two branches it is never called, and hooks on it do not run."""
+    the norms of two branches whose mean is taken it is never called, and hooks on it do not run."""
 
     def __init__(self, config: Config, layer: Layer):
         super().__init__()
@@ -229,7 +228,8 @@ class Block(nn.Module):
         if weights is None:
             x = ops.linear_add(mixer.fuse(outs), back, x)
         else:
-            x = ops.fuse_linear(*outs, *weights, norm.eps, back, x)
+            attention, ssm = outs
+            x = ops.fuse_linear(attention, ssm, *weights, norm.eps, back, x)
         if mlp is None or self.mlp_norm is None or mlp.gate_proj is None:
             return x if mlp is None or self.mlp_norm is None else x + mlp(self.mlp_norm(x))
         gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
