@@ -18,7 +18,7 @@ from hymba.errors import UserError
 
 Texts = Iterator[tuple[str, int]]
 
-PIECE = 4 << 20  # bytes of a plain text that are one document; a longer file becomes several
+PIECE = 1 << 20  # bytes of a plain text that are one document; a longer file becomes several
 PAGE = 32 << 10  # the same for a file that is a source by itself, of which a part is held out
 JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 PARQUET = (".parquet",)

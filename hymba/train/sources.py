@@ -147,7 +147,7 @@ def file(path: Path, key: str = "text") -> Files:
             f"{path} is of no kind that is read: give plain text, JSON lines (.jsonl, .jsonl.gz) or"
             " .parquet"
         )
-    return Files(path.parent, (path.name,), key, alone=True)
+    return Files(path.parent, (path.name,), key, alone=not is_structured(path.name))
 
 
 def folder(root: Path, key: str = "text") -> Files:
@@ -270,6 +270,9 @@ class HubStream:
             import datasets
         except ImportError:
             raise DataError(f"{self} needs datasets: pip install 'hymba[data]'") from None
+        import huggingface_hub
+
+        huggingface_hub.logging.set_verbosity_error()  # its retries are many lines
         return datasets.load_dataset(self.name, self.config, split=self.part, streaming=True)
 
     @property

@@ -45,7 +45,7 @@ FORMAT = 2  # of a token store; a store of another format is made again
 SHARD_TOKENS = 64 << 20
 SHARD_DOCUMENTS = 1 << 20
 ENCODE_AT_ONCE = 64  # documents per call into the tokenizer, which spreads them over the cores,
-ENCODE_BYTES = 4 << 20  # or fewer, of about so many bytes
+ENCODE_BYTES = 1 << 20  # or fewer, of about so many bytes: it needs 80 for each
 # Columns of a shard's documents: tokens with <s> and </s>, UTF-8 bytes of the text, the key that
 # decides whether it is held out, and a hash of the text, by which copies are known.
 DOCUMENT = ("tokens", "bytes", "key", "hash")

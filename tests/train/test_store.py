@@ -277,10 +277,10 @@ def test_a_stream_of_unknown_length_is_told_in_tokens(tmp_path: Path, tokenizer:
 
 @settings(deadline=None, max_examples=15)
 @given(
-    words=st.lists(st.text("ab é🦊\n", max_size=30), min_size=1, max_size=20).filter(any),
-    stops=st.lists(st.integers(0, 20), max_size=4),
-    room=st.integers(1, 60),
-    at_once=st.integers(1, 4),
+    words=st.lists(st.text("ab é🦊\n", max_size=9), min_size=3, max_size=12).filter(any),
+    stops=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    room=st.integers(1, 20),
+    at_once=st.integers(1, 3),
 )
 def test_any_interruptions_leave_the_same_store(
     words: list[str],
