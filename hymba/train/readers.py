@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from hymba.errors import UserError
 
-Texts = Iterator[tuple[str, int]]
+Reading = Iterator[tuple[str, int]]
 
 PIECE = 1 << 20  # bytes of a plain text that are one document; a longer file becomes several
 PAGE = 32 << 10  # the same for a file that is a source by itself, of which a part is held out
@@ -40,7 +40,7 @@ def is_structured(name: str) -> bool:
     return name.lower().endswith((*JSON_LINES, *PARQUET))
 
 
-def read(path: Path, key: str, first: int = 0, piece: int = PIECE) -> Texts:
+def read(path: Path, key: str, first: int = 0, piece: int = PIECE) -> Reading:
     """The texts of a file from number `first` on: pieces of a plain text, or what is under `key`
     in JSON lines and parquet."""
     name = path.name.lower()
@@ -60,7 +60,7 @@ def read(path: Path, key: str, first: int = 0, piece: int = PIECE) -> Texts:
 # ---- plain text
 
 
-def _pieces(path: Path, most: int) -> Texts:
+def _pieces(path: Path, most: int) -> Reading:
     """A text as one document or, beyond `most` bytes, several that end at ends of lines.
 
     So that memory does not depend on a file's size. Joined they are the file, byte for byte.
@@ -95,7 +95,7 @@ def _decoded(content: bytes, path: Path) -> str:
 # ---- JSON lines
 
 
-def _json_lines(path: Path, key: str, first: int) -> Texts:
+def _json_lines(path: Path, key: str, first: int) -> Reading:
     with open(path, "rb") as file:
         lines: IO[bytes] = gzip.open(file) if path.suffix.lower() == ".gz" else file  # type: ignore[assignment]
         number = 0  # of texts, which blank lines are not
@@ -137,7 +137,7 @@ def text_of(row: dict[str, Any], key: str, where: str) -> str:
 # ---- parquet
 
 
-def _parquet(path: Path, key: str, first: int) -> Texts:
+def _parquet(path: Path, key: str, first: int) -> Reading:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -156,7 +156,7 @@ def _parquet(path: Path, key: str, first: int) -> Texts:
         raise DataError(f"{path} is no whole parquet file ({reason})") from error
 
 
-def _parquet_texts(file: Any, key: str, first: int, path: Path) -> Texts:
+def _parquet_texts(file: Any, key: str, first: int, path: Path) -> Reading:
     size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
     number = 0
     for group in range(file.num_row_groups):
