@@ -158,7 +158,8 @@ def kept_results(kept: Path) -> Iterator[Record]:
     for path in sorted(kept.glob("lab-*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("benchmark") == "lab":
-            found.append(data | {"file": path.name})
+            drawn = path.with_suffix(".png")
+            found.append(data | {"file": path.name, "figure": drawn.name if drawn.exists() else ""})
     order = list(SIZES)
     yield from sorted(found, key=lambda data: -order.index(data["size"]))
 

@@ -71,7 +71,7 @@ _SMALL = Shape(128, 7, 4, 2, 288, window=64, meta_tokens=16, ssm_state=8, multip
 # Recall needs few parameters and many runs: 8 layers, 3 of which see everything, as in the paper a
 # quarter of the layers; rows of 256 against a window of 32.
 _RECALL = Shape(128, 8, 4, 2, 320, window=32, meta_tokens=16, multiple=16, max_positions=2048)
-_RECALL_SMALL = Shape(64, 6, 2, 1, 160, window=16, meta_tokens=8, multiple=8, max_positions=2048)
+_RECALL_SMALL = Shape(64, 6, 2, 1, 160, window=8, meta_tokens=4, multiple=8, max_positions=512)
 
 SIZES = {
     size.name: size
@@ -94,13 +94,13 @@ SIZES = {
         ),
         Size(
             "small",
-            "2.3 M parameters, 2 M tokens each: what a CPU can do in a day",
+            "2.3 M parameters, 2 M tokens each: what a CPU can do in hours",
             _SMALL,
             Run(steps=2000, rows=4, sequence_length=256, peak=3e-3),
             vocab_size=4096,
             held_out_tokens=131072,
             recall_shape=_RECALL_SMALL,
-            recall=Run(steps=1500, rows=16, sequence_length=128, peak=2e-3),
+            recall=Run(steps=1000, rows=16, sequence_length=64, peak=3e-3),
             test_rows=128,
             contexts=(1024,),
             batches=(1, 4),

@@ -27,6 +27,8 @@ def document(found: Sequence[Record], reasons: Reasons) -> str:
 
 def section(data: Record, reasons: Mapping[str, str]) -> str:
     parts = [heading(data), variants_table(data)]
+    if data["figure"]:
+        parts.insert(1, f"![{data['size']}: text and recall](../results/{data['figure']})")
     if any(row["recall"] for row in data["rows"]):
         parts += ["Recall by task, lengths and numbers as trained:", tasks_table(data)]
     if any("language" in row for row in data["rows"]):
