@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hymba.lab.jobs import TASKS, results, write_json
+from hymba.lab.jobs import TASKS, results
 from hymba.lab.sizes import SIZES, LabError, Size
 from hymba.lab.tables import document
 from hymba.lab.variants import VARIANTS
@@ -36,7 +36,8 @@ def publish(folder: Path, size: Size, kept: Path, page: Path) -> None:
     for device in dict.fromkeys(run["device"] for run in runs):
         found = gather(size, [run for run in runs if run["device"] == device])
         path = kept / f"lab-{size.name}-{slug(device)}.json"
-        write_json(path, found)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(as_text(found), encoding="utf-8")
         print(f"{path}: {len(found['rows'])} variants")
         if drawn := draw(found, path.with_suffix(".png")):
             print(drawn)
@@ -44,6 +45,13 @@ def publish(folder: Path, size: Size, kept: Path, page: Path) -> None:
         text = page.read_text(encoding="utf-8")
         page.write_text(placed(text, generate(kept), page), encoding="utf-8")
         print(f"{page}: tables written")
+
+
+def as_text(found: Record) -> str:
+    """JSON with a line for each variant."""
+    head = json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1)
+    rows = ",\n  ".join(json.dumps(row) for row in found["rows"])
+    return f'{head.removesuffix("}").rstrip()},\n "rows": [\n  {rows}\n ]\n}}\n'
 
 
 def slug(device: str) -> str:

@@ -66,7 +66,7 @@ class Size:
     decides: bool = True  # a smoke test's figures are no findings
 
 
-_TOY = Shape(32, 4, 2, 1, 64, window=8, meta_tokens=4, ssm_state=4, multiple=4, max_positions=512)
+_TOY = Shape(32, 6, 2, 1, 64, window=8, meta_tokens=4, ssm_state=4, multiple=4, max_positions=512)
 _SMALL = Shape(128, 7, 4, 2, 288, window=64, meta_tokens=16, ssm_state=8, multiple=8)
 # Recall needs few parameters and many runs: 8 layers, 3 of which see everything, as in the paper a
 # quarter of the layers; rows of 256 against a window of 32.
@@ -78,7 +78,7 @@ SIZES = {
     for size in (
         Size(
             "toy",
-            "models of 80 thousand parameters that hardly train, minutes on a CPU",
+            "models of 0.1 M parameters that are hardly trained, minutes on a CPU",
             _TOY,
             Run(steps=12, rows=2, sequence_length=64, peak=3e-3),
             vocab_size=512,
