@@ -25,9 +25,11 @@ from hymba.finetune.settings import FinetuneError
 STARTED, DONE, METRICS, ADAPTER = "started.json", "finetune.json", "metrics.jsonl", "adapter"
 WHOLE = "whole"  # an empty file: the checkpoint it lies in was written to its end
 # What a result may consist of, removed with --fresh; anything else in the folder stays.
-MADE = (DONE, METRICS, f"{METRICS}.unfinished", "config.json", "generation_config.json", "LICENSE")
-MADE += ("model*.safetensors", "model.safetensors.index.json", "README.md", "tokenizer*")
-MADE += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+MADE = (
+    *(DONE, METRICS, f"{METRICS}.unfinished", "config.json", "generation_config.json", "LICENSE"),
+    *("model*.safetensors", "model.safetensors.index.json", "README.md", "tokenizer*"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
 
 Found = Literal["nothing", "a run", "a result"]
 
@@ -39,26 +41,30 @@ class Folder:
         self.path, self.training = path, path / "training"
         self.asked: dict[str, Any] = json.loads(json.dumps(asked))
 
-    def open(self, fresh: bool) -> Found:
-        """Make the folder, or say what is in it. FinetuneError where that is another thing."""
+    def look(self, fresh: bool) -> Found:
+        """What is in the folder. FinetuneError where that is another thing. Nothing is changed."""
         if self.path.exists() and not self.path.is_dir():
             raise FinetuneError(f"{self.path} is a file: name another --out")
-        started, done = self.training / STARTED, self.path / DONE
-        kept = next((file for file in (done, started) if file.is_file()), None)
-        if kept is None and self.path.is_dir() and any(self.path.iterdir()):
-            raise FinetuneError(
-                f"{self.path} holds something that is no fine-tuning: name another --out"
-            )
-        if kept is not None and fresh:
-            self._empty()
-            kept = None
-        if kept is None:
-            self.training.mkdir(parents=True, exist_ok=True)
-            write_json(started, self.asked)
+        done, started = self.path / DONE, self.training / STARTED
+        if not done.is_file() and not started.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise FinetuneError(
+                    f"{self.path} holds something that is no fine-tuning: name another --out"
+                )
             return "nothing"
-        self._same(kept)
-        self._drop(whole=False)
-        return "a result" if kept == done else "a run"
+        if fresh or not (done.is_file() or self.latest()):
+            return "nothing"  # that is worth keeping
+        self._same(done if done.is_file() else started)
+        return "a result" if done.is_file() else "a run"
+
+    def begin(self, found: Found) -> None:
+        """Make the folder ready to train in."""
+        if found == "nothing":
+            self._empty()
+            self.training.mkdir(parents=True, exist_ok=True)
+            write_json(self.training / STARTED, self.asked)
+        for checkpoint in self._checkpoints(whole=False):
+            shutil.rmtree(checkpoint)
 
     def _same(self, kept: Path) -> None:
         try:
@@ -93,10 +99,6 @@ class Folder:
             if other != checkpoint:
                 (other / WHOLE).unlink()  # first: a removal that is interrupted leaves a part
                 shutil.rmtree(other)
-
-    def _drop(self, whole: bool) -> None:
-        for checkpoint in self._checkpoints(whole):
-            shutil.rmtree(checkpoint)
 
     def _checkpoints(self, whole: bool) -> list[Path]:
         found = self.training.glob("checkpoint-*")

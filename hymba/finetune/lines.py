@@ -106,6 +106,8 @@ def _example(where: str, line: Mapping[str, Any]) -> Example:
         prompt, chosen, rejected = _preference(line)
         return Example(where, prompt, (chosen, rejected), tools)
     if "messages" in line:
+        if isinstance(line["messages"], str):
+            raise FinetuneError("messages must be a list; text goes in prompt and completion")
         return Example(where, [], (_answer(line["messages"], "messages"),), tools)
     if "prompt" not in line or "completion" not in line:
         raise FinetuneError(f"a line is {SHAPES}; this one has {_some(line)}")

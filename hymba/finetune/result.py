@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -46,17 +45,16 @@ def merged(model: Any) -> Any:
 
 
 def _write_model(plan: Plan, model: Any, place: Path) -> None:
-    """The files of a checkpoint as the base had them: its config, its dtype, its licence."""
+    """The files of a checkpoint, those as the base has them that training does not change: trl has
+    written settings of its own into the model's config."""
     original = HymbaForCausalLM.config_class.from_pretrained(plan.base)
-    model.config = copy.deepcopy(original)  # trl has written settings of its own into it
     if original.dtype is not None:
         model.to(original.dtype)
-    (place / "README.md").write_text(
-        CARD.format(model=plan.settings.model, how=plan.how), encoding="utf-8"
-    )
+    card = CARD.format(model=plan.settings.model, how=plan.how)
+    (place / "README.md").write_text(card, encoding="utf-8")
     model.save_pretrained(place)
     plan.tokenizer.save(place)
-    for name in ("generation_config.json", "LICENSE"):
+    for name in ("config.json", "generation_config.json", "LICENSE"):
         if (plan.base / name).is_file():
             shutil.copyfile(plan.base / name, place / name)
 

@@ -28,11 +28,14 @@ def run(settings: Settings) -> int:
     settings.check()
     trainers.quiet()
     plan = make_plan(settings)
-    if plan.folder.open(settings.fresh) == "a result":
+    found = plan.folder.look(settings.fresh)
+    if found == "a result":
         say(f"{plan.folder.path} is done already; --fresh would make it anew")
         result.tell(plan)
         return 0
-    return _train(plan, make_data(plan))
+    data = make_data(plan)
+    plan.folder.begin(found)
+    return _train(plan, data)
 
 
 def _train(plan: Plan, data: Data) -> int:

@@ -48,7 +48,7 @@ RENAMED = {
 }
 
 
-class Sft(SFTTrainer):  # type: ignore[misc]
+class Sft(SFTTrainer):
     """TRL's, whose held-out loss weighs tokens equally, not batches."""
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ class Sft(SFTTrainer):  # type: ignore[misc]
         return loader
 
 
-class Dpo(DPOTrainer):  # type: ignore[misc]
+class Dpo(DPOTrainer):
     """TRL's, given tokens."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(trl|peft|accelerate)\b")
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):
     """Hears a trainer's events."""
 
     def __init__(self, folder: Folder, settings: Settings, begun_at: int) -> None:
@@ -266,9 +266,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 def held_out_line(record: Mapping[str, Any]) -> str:
     """What a look at the held-out lines prints."""
     parts = [f"step {record['step']}  held out: loss {record['held_out_loss']:.4f}"]
-    if "held_out_accuracy" in record:
+    if "held_out_preferred" not in record:
         parts.append(f"tokens right {record['held_out_accuracy']:.1%}")
-    if "held_out_preferred" in record:
+    else:
         parts.append(f"chosen preferred {record['held_out_preferred']:.1%}")
         parts.append(f"margin {record['held_out_margin']:.3f}")
     return "  ".join(parts)
