@@ -98,8 +98,8 @@ def load(
     """Load a folder or a hub id ("nvidia/Hymba-1.5B-Base"). dtype None keeps the file's own.
 
     Raises ConfigError or WeightsError, one line each."""
-    target, kind = _device(device), _dtype(dtype)
-    _check_device(target, kind or torch.float32)
+    kind = _dtype(dtype)
+    target = usable_device(device, kind or torch.float32)
     folder = find(model)
     config = Config.from_folder(folder)
     with torch.device("meta"):
@@ -148,11 +148,14 @@ def save(
     _write(small)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device, dtype: torch.dtype = torch.float32) -> torch.device:
+    """The device, which can compute in `dtype`. WeightsError if it does not exist or cannot."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError:
         raise WeightsError(f"there is no device called {device!r}: try cpu or cuda") from None
+    _check_device(found, dtype)
+    return found
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

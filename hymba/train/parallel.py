@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from hymba.errors import UserError
 from hymba.model.decoder import LanguageModel
+from hymba.weights import usable_device
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ def join(device: str | None = None) -> Iterator[tuple[World, torch.device]]:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", 0)))
-    own = torch.device(kind)
-    if own.type == "cuda" and own.index is None:
-        own = torch.device("cuda", _gpu(world))
+    if kind == "cuda":
+        kind = f"cuda:{_gpu(world)}"
+    own = usable_device(kind)
+    if own.type == "cuda":
         torch.cuda.set_device(own)
     if not world.joined:
         yield world, own
@@ -93,7 +95,7 @@ def join(device: str | None = None) -> Iterator[tuple[World, torch.device]]:
 
 def _gpu(world: World) -> int:
     count = torch.cuda.device_count()
-    if world.local_rank >= count:
+    if count and world.local_rank >= count:
         raise UserError(
             f"process {world.local_rank} of this machine has no GPU of its own, there are {count}:"
             f" torchrun --nproc-per-node {count}, or --device cpu"

@@ -38,6 +38,9 @@ from torch.optim import Optimizer
 from hymba.errors import UserError
 from hymba.train.parallel import World, share
 
+# Said at every save and load that has no process group; none is needed. For all threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
 _WHOLE = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"step_\d{6,}\.(unfinished|deleted)")
 
@@ -125,11 +128,15 @@ class Checkpoints:
             naming.result()
 
     def finish(self) -> None:
-        """Wait until what was saved is there."""
+        """Wait until what was saved is there, everywhere."""
+        self.settle()
+        self.check()
+        self.world.wait()
+
+    def settle(self) -> None:
+        """Wait until nothing is written here any more; never raises what went wrong."""
         if self._naming is not None:
             self._naming.exception()
-            self.check()
-        self.world.wait()
 
     def state(self, place: Path) -> dict[str, Any]:
         """The `state` that a checkpoint was saved with, and its step."""
@@ -229,10 +236,7 @@ def _random_state() -> dict[str, torch.Tensor]:
 def _errors_in_one_line(what: str) -> Iterator[None]:
     """Raise what the disk or torch.distributed.checkpoint could not do as a CheckpointError."""
     try:
-        with warnings.catch_warnings():
-            # Said at every save and load that has no process group; none is needed.
-            warnings.filterwarnings("ignore", message="torch.distributed is")
-            yield
+        yield
     except (CheckpointException, Exception) as error:  # the former is no Exception
         cause = _cause(error)
         if not isinstance(cause, Exception):  # Ctrl-C in the middle

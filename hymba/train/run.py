@@ -118,6 +118,7 @@ class Trainer:
                         self._save(wait=False)
                 saved = self._saved()
         finally:
+            self.checkpoints.settle()
             for watcher in watchers:
                 watcher.close()
         stopped = self.step < self.config.steps

@@ -41,7 +41,8 @@ def trackers(
 
 def numbers(record: dict[str, Any]) -> Numbers:
     """What of a record can be drawn."""
-    return {k: float(v) for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+    drawn = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+    return {k: float(v) for k, v in drawn.items()}
 
 
 def _tensorboard(folder: Path, settings: dict[str, Any], step: int) -> Tracker:
