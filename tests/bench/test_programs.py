@@ -20,10 +20,11 @@ import torch
 from bench import gpu, model, train
 from hymba import ops
 from hymba.config import Config
+from hymba.model.accounting import parameters
 from hymba.model.decoder import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("ops", "train", "prefill", "engine")
+PROGRAMS = ("ops", "train", "trainer", "prefill", "engine")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 
 
@@ -56,6 +57,9 @@ def test_examples_are_accepted(program: ModuleType) -> None:
         ("ops", ["--only", "scan,cnov"]),
         ("train", ["--rows", "0"]),
         ("train", ["--variants", "theirs"]),
+        ("trainer", ["--plans", "mamba"]),
+        ("trainer", ["--lengths", "2048,x"]),
+        ("trainer", ["--tokens", "5000"]),
         ("prefill", ["--tokens", "0"]),
         ("engine", ["--batches", "1,0"]),
         ("engine", ["--skip", "lama"]),
@@ -85,6 +89,19 @@ def test_make_test_gpu_without_a_gpu_one_line() -> None:
     command = ["make", "--no-print-directory", "test-gpu", f"GPU_PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode and "make test-gpu: no CUDA device" in done.stderr
+
+
+def test_the_twin_of_the_trainers_bench_is_as_large() -> None:
+    from bench.trainer import RandomRows, plan_of
+
+    for preset in ("hymba-350m", "hymba-1.5b"):
+        ours, theirs = (
+            parameters(plan_of(preset, plan, 0))["total"] for plan in ("hymba", "llama")
+        )
+        assert abs(ours - theirs) < 0.01 * ours
+    rows = RandomRows(100, 8)
+    assert torch.equal(rows.row(3).tokens[1:], rows.row(3).labels[:-1])
+    assert not torch.equal(rows.row(3).tokens, rows.row(4).tokens)
 
 
 def test_source_of_mamba_ssm_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
