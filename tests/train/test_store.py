@@ -278,12 +278,14 @@ def test_a_stream_of_unknown_length_is_told_in_tokens(tmp_path: Path, tokenizer:
 @settings(deadline=None, max_examples=15)
 @given(
     words=st.lists(st.text("ab é🦊\n", max_size=9), min_size=3, max_size=12).filter(any),
+    most=st.none() | st.integers(1, 80),
     stops=st.lists(st.integers(1, 12), min_size=1, max_size=3),
     room=st.integers(1, 20),
     at_once=st.integers(1, 3),
 )
 def test_any_interruptions_leave_the_same_store(
     words: list[str],
+    most: int | None,
     stops: list[int],
     room: int,
     at_once: int,
@@ -295,15 +297,16 @@ def test_any_interruptions_leave_the_same_store(
         patch.setattr(store_file, "ENCODE_AT_ONCE", at_once)
         for stop in stops:
             try:
-                prepare(folder / "s", failing(texts, stop), tokenizer, shard_tokens=room)
+                prepare(folder / "s", failing(texts, stop), tokenizer, None, most, room)
             except KeyboardInterrupt:
                 assert not (folder / "s").exists()
-        store = prepare(folder / "s", failing(texts, None), tokenizer, shard_tokens=room)
-        plain = prepare(folder / "plain", texts, tokenizer)
+        store = prepare(folder / "s", failing(texts, None), tokenizer, None, most, room)
+        plain = prepare(folder / "plain", texts, tokenizer, None, most)
     assert tokens_of(store) == tokens_of(plain)
     assert (store.documents == plain.documents).all()
     expected = [i for text in texts if text for i in (1, *tokenizer.encode(text), 2)]
-    assert tokens_of(store) == expected
+    assert tokens_of(store) == expected[: store.ends[-1]]
+    assert most is not None or len(expected) == store.ends[-1]
     assert sorted(os.listdir(folder)) == ["plain", "s"]
 
 
@@ -322,6 +325,16 @@ def test_whole_shards_are_not_made_again(
     first = sum(shard["documents"] for shard in store.manifest["shards"][:done])
     assert told[0] == first + 1 and told[-1] == 41
     assert store.files[0].stat().st_mtime_ns == before
+
+
+def test_most_tokens_count_what_was_made_before(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer, one_at_a_time: None
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "s", failing(texts, 15), tokenizer, None, 2000, 200)
+    store = prepare(tmp_path / "s", failing(texts, None), tokenizer, None, 2000, 200)
+    assert tokens_of(store) == tokens_of(prepare(tmp_path / "t", texts, tokenizer, None, 2000))
+    assert store.manifest["documents"] < 41
 
 
 def test_shards_of_other_text_or_damaged_ones_are_made_again(
@@ -435,6 +448,23 @@ def test_who_wants_what_another_is_making_waits_for_it(
     expected = [i for text in texts for i in (1, *tokenizer.encode(text), 2)]
     assert all(tokens_of(store) == expected for store in stores if store)
     assert os.listdir(tmp_path) == ["s"]
+
+
+def test_who_comes_just_as_another_is_done_finds_it_made(
+    tmp_path: Path, texts: Texts, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look for the store and the claim of its place, another process made it."""
+    prepare(tmp_path / "s", texts, tokenizer)
+    looks: list[int] = []
+    look = store_file._fitting
+
+    def late(folder: Path, wanted: dict[str, Any]) -> TokenStore | None:
+        looks.append(1)
+        return look(folder, wanted) if len(looks) > 1 else None
+
+    monkeypatch.setattr(store_file, "_fitting", late)
+    store = prepare(tmp_path / "s", texts, tokenizer, lambda *_: pytest.fail("made again"))
+    assert store.manifest["documents"] == 41 and os.listdir(tmp_path) == ["s"]
 
 
 def test_memory_is_that_of_a_batch_not_of_the_corpus(
