@@ -4,7 +4,7 @@
     Phonebook        numbers of several digits by names of several tokens
     Needle           one value hidden in a haystack, at a depth
     SelectiveCopy    scattered items, in order
-    Induction        a random text, said again
+    Induction        a random text, said again from a random place
 
 A task is a few numbers and draws rows; row i is a function of (task, seed, side, i), so nothing is
 stored. Training and test rows are never equal: a row belongs to the side that a hash of its own
@@ -319,12 +319,13 @@ class SelectiveCopy(Task):
 
 @dataclass(frozen=True)
 class Induction(Task):
-    """Distinct random tokens, then all of them again in the same order.
+    """Distinct random tokens, then all of them again, from a random place on and round.
 
     The induction heads' task as Olsson et al. state it (2022, arXiv 2209.11895: a repeated random
-    sequence; Mamba's section 4.1 has one such pair a row). Each token but the copy's first is what
-    followed the same token half a row before. Needs recall at a fixed distance, length / 2, of
-    everything. Chance: 1 / (length / 2), one of the tokens that stand there.
+    sequence; Mamba's section 4.1 has one such pair a row). What follows a token is what followed
+    it before; the copy's first token and the one where it comes round are not asked for. Needs
+    recall of everything, by what a token is: without the random place, it would be enough to look
+    back a fixed distance. Chance: 1 / (length / 2), one of the tokens that stand there.
     """
 
     symbols: int = 1024
@@ -347,8 +348,11 @@ class Induction(Task):
     def draw(self, random: np.random.RandomState) -> tuple[Ids, NDArray[np.bool_]]:
         half = self.length // 2
         text = FIRST + _distinct(random, half, self.symbols)
-        ids = np.concatenate([[BEGIN], text, text])
-        return ids, _where(np.arange(half + 2, self.length + 1), self.length + 1)
+        turn = random.randint(half)
+        ids = np.concatenate([[BEGIN], text, text[turn:], text[:turn]])
+        answers = _where(np.arange(half + 2, self.length + 1), self.length + 1)
+        answers[-turn or half] = False  # where it comes round
+        return ids, answers
 
 
 TASKS: dict[str, type[Task]] = {
