@@ -119,6 +119,7 @@ def test_other_data_does_not_disturb_what_is_kept(corpus: Path) -> None:
     (corpus / "b.jsonl").write_text(lines("gamma", 100))
     open_data(config(corpus, "b.jsonl"))
     open_data(config(corpus, vocab_size=280))
+    open_data(config(corpus, most_tokens=1000))
     (corpus / "a.jsonl").write_text(lines("delta", 100))
     changed = open_data(config(corpus))
     assert changed.corpora[0].store.manifest["documents"] < 100
