@@ -7,6 +7,7 @@ forward, backward and optimiser. Times are given as several, so that their sprea
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -68,25 +69,25 @@ def decoding(model: LanguageModel, context: int, batch: int, device: Device) -> 
     sampling = Sampling(max_tokens=fill + 2 * WARM + (GROUPS + 1) * STEPS, stop_ids=())
     for prompt in prompts:
         engine.add(prompt, sampling)
-    said: set[Any] = set()
+    said: Counter[Any] = Counter()
+
+    def steps(count: int = STEPS) -> None:
+        for _ in range(count):
+            said.update({delta.request: len(delta.tokens) for delta in engine.step()})
+
     while len(said) < batch:
-        said.update(delta.request for delta in engine.step())
-    for _ in range(WARM):
-        engine.step()
-
-    def steps() -> None:
-        for _ in range(STEPS):
-            engine.step()
-
+        steps(1)
+    steps(WARM)
     seconds = [_timed(steps, device) for _ in range(1 + GROUPS)][1:]  # the first of all is slow
-    stats, kv_bytes = engine.stats(), model.dtype.itemsize
+    stats, kv_bytes, longest = engine.stats(), model.dtype.itemsize, context + max(said.values())
     return {
         "context": context,
         "batch": batch,
         "tokens_per_s": [batch * STEPS / s for s in seconds],
         "cache_bytes": {
-            "held": stats.cache_bytes // max(1, stats.running),
-            "predicted": cache_bytes(model.config, context, kv_bytes)["total"],
+            "at_context": cache_bytes(model.config, context, kv_bytes)["total"],
+            "held": stats.cache_bytes // max(1, stats.running),  # after what was said
+            "predicted": cache_bytes(model.config, longest, kv_bytes)["total"],  # of the longest
             "meta_once": stats.meta_bytes,
         },
     }
