@@ -30,7 +30,8 @@ def draw(data: Record, path: Path) -> Path | None:
     for row in rows:
         if "language" in row:
             _positions(places[0, 0], row)
-    places[0, 0].set(title="held-out text", xlabel="position", ylabel="bits per byte", xscale="log")
+    places[0, 0].set(title="held-out text", xlabel="position", ylabel="bits per byte")
+    places[0, 0].set_xscale("log", base=2)
     for axes, task in zip(places.flat[1:], TASKS, strict=True):
         for row in rows:
             if task in row["recall"]:

@@ -94,7 +94,7 @@ def _figures(row: Record) -> list[str]:
         spread(beyond, ".3f"),
         f"{statistics.median(longest(cost)['tokens_per_s']):,.0f}" if cost else "",
         f"{statistics.median(cost['training']['tokens_per_s']):,.0f}" if cost else "",
-        f"{longest(cost)['cache_bytes']['held'] / 1e6:.3g}" if cost else "",
+        f"{longest(cost)['cache_bytes']['at_context'] / 1e6:.3g}" if cost else "",
     ]
 
 
@@ -167,7 +167,7 @@ def values(row: Record, metric: str) -> Sequence[float]:
         return _over_tasks(row["recall"], metric)
     if cost is None:
         return ()
-    return [longest(cost)["cache_bytes"]["held"]] if metric == "cache" else (
+    return [longest(cost)["cache_bytes"]["at_context"]] if metric == "cache" else (
         longest(cost)["tokens_per_s"]
     )  # fmt: skip
 

@@ -63,8 +63,8 @@ def test_all_parts_run_once(lab: MakeLab, tmp_path: Path) -> None:
     assert len(found) == len(jobs(whole.plan)) == 8
     cost = found["cost", "", "hymba"]
     assert [row["batch"] for row in cost["decoding"]] == [1, 2]
-    held = [row["cache_bytes"] for row in cost["decoding"]]
-    assert all(row["held"] == row["predicted"] for row in held)
+    for held in (row["cache_bytes"] for row in cost["decoding"]):  # the engine's own count
+        assert held["held"] == held["predicted"] >= held["at_context"] > 0
     language = found["language", "", "hymba"]
     assert language["held_out"]["length"] == 64 and language["longer"]["length"] == 256
     assert language["corpus"]["distinct_tokens"] > 1000

@@ -35,7 +35,7 @@ def cost(name: str) -> dict[str, Any]:
                 "context": context,
                 "batch": 1,
                 "tokens_per_s": [speed, speed + 1, speed - 1],
-                "cache_bytes": {"held": int(context * speed), "predicted": 1, "meta_once": 0},
+                "cache_bytes": {"at_context": int(context * speed), "meta_once": 0},
             }
             for context in (64, 256)
         ],
