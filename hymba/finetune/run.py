@@ -5,13 +5,15 @@ code = run(Settings("runs/demo/hymba", data=(Path("chats.jsonl"),), out=Path("ru
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PrinterCallback  # what the trainer prints by default
 
 from hymba.finetune import result, trainers
-from hymba.finetune.folder import step_of
+from hymba.finetune.folder import Found, step_of
 from hymba.finetune.masks import Encoder, longest
 from hymba.finetune.plan import Data, Plan, limit_of, make_data, make_plan
 from hymba.finetune.settings import Settings
@@ -34,22 +36,32 @@ def run(settings: Settings) -> int:
         result.tell(plan)
         return 0
     data = make_data(plan)
-    plan.folder.begin(found)
+    _begin(plan, found)
     return _train(plan, data)
+
+
+def _begin(plan: Plan, found: Found) -> None:
+    """Of several processes one makes the folder, when all have seen what was in it."""
+    if "WORLD_SIZE" not in os.environ:
+        return plan.folder.begin(found)
+    state = PartialState(cpu=plan.settings.device == "cpu" or not torch.cuda.is_available())
+    state.wait_for_everyone()
+    if state.is_main_process:
+        plan.folder.begin(found)
+    state.wait_for_everyone()
 
 
 def _train(plan: Plan, data: Data) -> int:
     latest = plan.folder.latest()
     done = 0 if latest is None else step_of(latest)
     trainer = _trainer(plan, data)
-    watch = trainers.Watch(plan.folder, plan.settings, done)
+    watch = trainers.Watch(plan.folder, plan.settings, done, trainer.is_world_process_zero())
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     _tell_model(plan, trainer)
     if latest is not None:
         say(f"going on after step {done}")
-    elif data.held_out:
-        trainer.evaluate()
+        trainer.args.eval_on_start = False
     with stop_signals() as watch.stop:
         try:
             trainer.train(resume_from_checkpoint=None if latest is None else str(latest))

@@ -125,9 +125,11 @@ def arguments(
         "save_steps": settings.save_every or 0.1,
         "eval_strategy": "steps" if settings.held_out and settings.held_out_every else "no",
         "eval_steps": settings.held_out_every or None,
+        "eval_on_start": bool(settings.held_out),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
         "report_to": _reports(folder),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
@@ -170,14 +172,15 @@ def quiet() -> None:
 class Watch(TrainerCallback):
     """Hears a trainer's events."""
 
-    def __init__(self, folder: Folder, settings: Settings, begun_at: int) -> None:
+    def __init__(self, folder: Folder, settings: Settings, begun_at: int, writes: bool) -> None:
+        """For a run that has done `begun_at` steps; one of its processes `writes`."""
         self.folder, self.settings = folder, settings
         self.interrupted = False
         self.stop = Event()
         self.first: dict[str, Any] = {}  # what the first step of this process told
         self.last: dict[str, Any] = {}
         self.held_out: dict[str, Any] = {}
-        self._log = MetricsLog(folder.path / METRICS, begun_at)
+        self._log = MetricsLog(folder.path / METRICS, begun_at) if writes else None
         self._begun_at, self._tokens = begun_at, 0
         self._began = self._took = self._seconds = 0.0
         self._bar: Any = None
@@ -236,7 +239,7 @@ class Watch(TrainerCallback):
             **_renamed(logs),
         }
         self._tokens, self.first = tokens, self.first or self.last
-        if not state.is_world_process_zero:
+        if self._log is None:
             return
         self._log.write(self.last)
         every = self.settings.log_every or math.ceil(state.max_steps / 100)
@@ -252,7 +255,7 @@ class Watch(TrainerCallback):
 
     def _tell_held_out(self, state: Any, logs: Mapping[str, Any]) -> None:
         self.held_out = {"step": state.global_step, **_renamed(logs)}
-        if state.is_world_process_zero:
+        if self._log is not None:
             self._log.write(self.held_out)
             say(held_out_line(self.held_out))
 
@@ -275,7 +278,8 @@ def held_out_line(record: Mapping[str, Any]) -> str:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def _renamed(logs: Mapping[str, Any]) -> dict[str, float]:
