@@ -39,6 +39,7 @@ TORCH_FREE = [
     "hymba.cli",
     "hymba.commands",
     "hymba.train.config",
+    "hymba.train.data",
     "hymba.recipes.pretrain",
     *(
         [f"hymba.commands.{name}" for name in ("info", "train", "finetune")]

@@ -20,6 +20,7 @@ from hymba.train.config import DataConfig, Extension, Schedule, TrainConfig
 # One of the two public corpora of the paper's appendix A.2, with the released model's tokenizer.
 HUB = DataConfig(
     sources=("hf:HuggingFaceTB/smollm-corpus:fineweb-edu-dedup",),
+    held_out_percent=0.1,
     tokenizer="nvidia/Hymba-1.5B-Base",
     most_tokens=10_000_000_000,
 )

@@ -111,10 +111,11 @@ def _forward_flops(config: Config, length: int) -> int:
     return forward_flops(config, length)
 
 
+@lru_cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second that a large matrix product reaches on this device now: what MFU is a share
     of. Takes some tenths of a second."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in "ab")
     best = math.inf
     for _ in range(8):
