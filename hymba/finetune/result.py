@@ -34,6 +34,7 @@ def save(plan: Plan, data: Data, trainer: Any) -> None:
     if plan.settings.method != "full":
         model.peft_config["default"].base_model_name_or_path = plan.settings.model
         model.save_pretrained(result / ADAPTER, save_embedding_layers=False)
+        (result / ADAPTER / "README.md").unlink(missing_ok=True)  # peft's form, not filled in
         model = merged(model)
     _write_model(plan, model, result)
     plan.folder.finish(result, _record(plan, data, trainer))

@@ -172,6 +172,8 @@ def test_what_is_merged_is_the_adapter(
 
     out = tune(chats[:16], method=method, epochs=4, lr=2e-2, rank=4, alpha=8)
     assert steps(out)[-1]["loss"] < steps(out)[0]["loss"] - 0.5
+    files = {path.name for path in (out / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
     ids = text(40).tolist()
     plain = logits(HymbaForCausalLM.from_pretrained(base), ids)
     merged = logits(HymbaForCausalLM.from_pretrained(out), ids)
@@ -237,9 +239,10 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(
     preferences: list[Any],
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    lines = preferences[:16] if kind == "dpo" else chats[:16]
+    lines = preferences[:12] if kind == "dpo" else chats[:12]
     options: dict[str, Any] = {"epochs": 2, "save_every": 3}
     options |= {
         "packed": {"packing": True, "rows": 1, "epochs": 1},
@@ -262,7 +265,9 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(
     cut = tmp_path / "cut"
     assert [path.name for path in (cut / "training").glob("check*")] == ["checkpoint-3"]
     (cut / "training" / "checkpoint-5").mkdir()  # a kill came while it was written
+    capsys.readouterr()
     tune(lines, "cut", **options)
+    assert "going on after step 3" in capsys.readouterr().out
     assert same_weights(whole, cut)
     assert [r["loss"] for r in steps(cut)] == [r["loss"] for r in steps(whole)]
 
