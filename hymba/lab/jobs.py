@@ -177,7 +177,10 @@ class Lab:
         run = size.recall if job.part == "recall" else size.language
         found |= {"seed": job.seed, "run": asdict(run), "normalize": job.variant.normalize}
         if job.part == "recall":
-            return found | {"task": job.task, "test_rows": size.test_rows}
+            from hymba.lab import recall
+
+            lessons = recall.rows(job.task, size, job.seed).identity["corpus"]
+            return found | {"task": job.task, "rows": lessons, "test_rows": size.test_rows}
         sources = self.plan.sources or size.sources
         return found | {"sources": sources, "held_out_tokens": size.held_out_tokens}
 
@@ -266,6 +269,7 @@ class Lab:
             "tokens": tokens,
             "seconds": trained.seconds,
             "tokens_per_s": trained.tokens_per_second,
+            "losses": trained.losses,
         }
 
     def _open(self, size: Size) -> Data:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hymba.lab.jobs import TASKS
 from hymba.lab.variants import GROUPS, VARIANTS
-from hymba.lab.verdict import FINDINGS, METRICS, UNDECIDED, Finding, Values, judge
+from hymba.lab.verdict import FINDINGS, METRICS, Finding, judge
 
 Record = dict[str, Any]
 Reasons = Mapping[str, Mapping[str, str]]
@@ -158,58 +158,56 @@ def positions_table(data: Record) -> str:
 # ---- findings
 
 
-def values(row: Record, metric: str) -> Sequence[float]:
-    """A row's figures of a metric, one for each seed (or timing)."""
+def values(row: Record, metric: str, tasks: Sequence[str] = TASKS) -> list[float]:
+    """A row's figures of a metric, one for each seed (or timing); recall over these tasks."""
     cost, language = row.get("cost"), row.get("language")
-    if metric == "bits_per_byte":
-        return language["bits_per_byte"] if language else ()
     if metric in ("recall", "beyond"):
-        return _over_tasks(row["recall"], metric)
+        return _over_tasks(row["recall"], metric, tasks)
+    if metric == "bits_per_byte":
+        return list(language["bits_per_byte"]) if language else []
     if cost is None:
-        return ()
-    return [longest(cost)["cache_bytes"]["at_context"]] if metric == "cache" else (
-        longest(cost)["tokens_per_s"]
-    )  # fmt: skip
-
-
-def _over_tasks(recall: Mapping[str, Record], metric: str) -> list[float]:
-    """For each seed that all tasks have, the mean over them; none unless all tasks were run."""
-    if set(recall) != set(TASKS):
         return []
-    seeds = set.intersection(*(set(part["seeds"]) for part in recall.values()))
+    at = longest(cost)
+    return [at["cache_bytes"]["at_context"]] if metric == "cache" else list(at["tokens_per_s"])
+
+
+def _over_tasks(recall: Mapping[str, Record], metric: str, tasks: Sequence[str]) -> list[float]:
+    """For each seed that all tasks have, the mean over them; none unless all were run."""
+    parts = [recall[task] for task in tasks if task in recall]
+    if not parts or len(parts) < len(tasks):
+        return []
+    seeds = set.intersection(*(set(part["seeds"]) for part in parts))
     return [
-        statistics.fmean(part[metric][part["seeds"].index(seed)] for part in recall.values())
+        statistics.fmean(part[metric][part["seeds"].index(seed)] for part in parts)
         for seed in sorted(seeds)
     ]
 
 
 def findings_table(data: Record, reasons: Mapping[str, str]) -> str:
     head = ["finding", "metric", "there", "here", "difference (margin)", "verdict", "reason"]
-    by_metric = {
-        metric: {row["variant"]: list(values(row, metric)) for row in data["rows"]}
-        for metric in METRICS
-    }
-    rows = []
-    for finding in FINDINGS:
-        if row := _finding(finding, by_metric[finding.metric], data["decides"], reasons):
-            rows.append(row)
-    return table(head, rows)
+    rows = (_finding(finding, data, reasons) for finding in FINDINGS)
+    return table(head, [row for row in rows if row])
 
 
-def _finding(
-    finding: Finding, found: Values, decides: bool, reasons: Mapping[str, str]
-) -> list[str] | None:
-    verdict = judge(finding, found, decides)
+def _finding(finding: Finding, data: Record, reasons: Mapping[str, str]) -> list[str] | None:
+    """Recall is compared over the tasks that both have."""
+    both = [row for row in data["rows"] if row["variant"] in (finding.this, finding.than)]
+    tasks = [task for task in TASKS if all(task in row["recall"] for row in both)]
+    found = {row["variant"]: values(row, finding.metric, tasks) for row in data["rows"]}
+    verdict = judge(finding, found, data["decides"])
     if verdict is None:
         return None
     metric = METRICS[finding.metric]
     this, than = (statistics.fmean(found[name]) for name in (finding.this, finding.than))
-    default = "" if decides or verdict.word != UNDECIDED else "a smoke test"
+    of = "" if finding.metric not in ("recall", "beyond") or len(tasks) == len(TASKS) else (
+        f" ({', '.join(tasks)})"
+    )  # fmt: skip
+    default = "" if data["decides"] else "a smoke test"
     return [
         finding.name,
         metric.about,
         f"{finding.figures} ({finding.source})",
-        f"{finding.this} {this:{metric.form}}, {finding.than} {than:{metric.form}}",
+        f"{finding.this} {this:{metric.form}}, {finding.than} {than:{metric.form}}{of}",
         _difference(verdict.difference, verdict.margin, metric.ratio),
         verdict.word,
         reasons.get(finding.key, default),

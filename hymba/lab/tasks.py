@@ -49,7 +49,7 @@ def _mqar_grid(length: int) -> list[Point]:
 
 
 def _phonebook(length: int) -> list[Task]:
-    return [_book(n) for n in (length // 2, length)]
+    return [_book(n) for n in _thirds(length)]
 
 
 def _book(length: int) -> Phonebook:
@@ -93,11 +93,11 @@ def _copy_grid(length: int) -> list[Point]:
 
 
 def _induction(length: int) -> list[Task]:
-    return [Induction(n, symbols=4 * length) for n in _thirds(length)]
+    return [Induction(n, symbols=2 * length) for n in _thirds(length)]
 
 
 def _induction_grid(length: int) -> list[Point]:
-    tasks = [Induction(n, symbols=4 * length) for n in _longer(length)]
+    tasks = [Induction(n, symbols=2 * length) for n in _longer(length)]
     return [_at(task, length, length=task.length) for task in tasks]
 
 

@@ -16,6 +16,7 @@ from hymba.train import OptimConfig, Schedule, TrainConfig, Trainer, metrics
 from hymba.train.rows import Rows
 from hymba.train.store import TokenStore
 
+POINTS = 50  # of a loss curve that is kept
 LOOKS = 8  # at the held-out text while training
 MANY = 50_000_000  # tokens of a run that is worth checkpoints on its way
 
@@ -47,6 +48,13 @@ class Trained:
     metrics: Path
     seconds: float
     tokens_per_second: float  # of the median step
+
+    @property
+    def losses(self) -> list[list[float]]:
+        """(step, training loss), thinned out: whether a run had learnt what it could."""
+        steps, losses = metrics.series(metrics.read(self.metrics), "loss")
+        thin = slice(None, None, -(-len(steps) // POINTS))
+        return [list(pair) for pair in zip(steps[thin], losses[thin], strict=True)]
 
 
 def settings(

@@ -111,6 +111,17 @@ def test_metrics_are_read_off_rows(kept: Path) -> None:
     assert values(row, "cache") == [256 * 120]  # of the longest context
     del row["recall"]["mqar"]
     assert values(row, "recall") == []  # a mean over other tasks would be another figure
+    assert len(values(row, "recall", ["copy"])) == 3 and values(row, "recall", []) == []
+
+
+def test_recall_is_compared_over_the_tasks_that_both_have(kept: Path) -> None:
+    data = next(kept_results(kept))
+    for task in ("phonebook", "copy", "induction"):
+        del data["rows"][1]["recall"][task]
+    data["rows"][1]["recall"]["needle"]["recall"] = [0.1, 0.1, 0.1]
+    (line,) = lines(document([data], {}), "| hybrid against attention | recall, lengths")
+    assert "hymba 0.501, llama 0.400 (mqar, needle)" in line  # (0.701 + 0.1) / 2
+    assert "| llama | attention only | 2.00 (1.50) | 1.2010 ± 0.0010 |  |" in document([data], {})
 
 
 def lines(text: str, start: str) -> list[str]:
