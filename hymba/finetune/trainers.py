@@ -113,7 +113,8 @@ def arguments(
         "lr_scheduler_type": "cosine",
         "warmup_steps": WARMUP,
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
+        # A pack is one row to the evaluation loop, however many chats are in it.
+        "per_device_eval_batch_size": 1 if settings.packing else micro,
         "gradient_accumulation_steps": rows // micro,
         "max_length": limit,
         "bf16": precision == "bfloat16",

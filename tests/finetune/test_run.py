@@ -137,8 +137,14 @@ def answers(folder: Path, chats: list[Any]) -> None:
     assert all(o.finish == "stop" for o in said)
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_the_held_out_loss_is_a_mean_over_tokens(
-    tune: Tune, base: Path, chats: list[Any], tokenizer: Tokenizer, write: Callable[..., Path]
+    tune: Tune,
+    base: Path,
+    chats: list[Any],
+    tokenizer: Tokenizer,
+    write: Callable[..., Path],
+    packing: bool,
 ) -> None:
     """Whatever the batches: long and short answers in the same file."""
     held_out = [
@@ -147,7 +153,7 @@ def test_the_held_out_loss_is_a_mean_over_tokens(
         {"prompt": "c", "completion": " green"},
     ]
     file = write(held_out, "held_out.jsonl")
-    out = tune(chats[:4], held_out=str(file), held_out_every=1)
+    out = tune(chats[:4], held_out=str(file), held_out_every=1, packing=packing)
     looks = [r for r in metrics.read(out / "metrics.jsonl") if "held_out_loss" in r]
     assert [r["step"] for r in looks] == [0, 1]
     encoder = Encoder(with_template(tokenizer))
