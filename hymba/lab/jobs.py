@@ -7,7 +7,9 @@
 
 A run that has its result.json is done. Ctrl-C or the clock ends a run after a step with a
 checkpoint, and the same command goes on from it exactly; killed, it goes on from the one before.
-Seeds are the outermost loop, so that what is there when time ends is comparable.
+Seeds are the outermost loop, so that what is there when time ends is comparable. The same command
+started several times (one a GPU: CUDA_VISIBLE_DEVICES) shares the runs out: each takes what no
+other has begun.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +34,11 @@ from hymba.model.accounting import parameters
 if TYPE_CHECKING:
     from hymba.lab.training import Device, Trained
     from hymba.train.data import Data
+
+try:
+    import fcntl
+except ImportError:  # Windows: there one command at a time must run
+    fcntl = None  # type: ignore[assignment]
 
 PARTS = ("cost", "language", "recall")
 TASKS = ("mqar", "phonebook", "needle", "copy", "induction")
@@ -142,19 +150,25 @@ class Lab:
         from hymba.lab.training import Device
 
         device, clock = Device.find(self.plan.device), Clock(self.plan.minutes)
-        todo = jobs(self.plan)
+        todo, others = jobs(self.plan), 0
         for number, job in enumerate(todo, 1):
-            if self.result(job) is not None:
-                continue
-            if clock.over:
-                self.say(f"time is over: {len(todo) - number + 1} runs are left, go on with the")
-                self.say("same command")
-                return False
-            self.say(f"== {number}/{len(todo)} {job}")
-            if not self._do(job, device, clock):
-                self.stopped = not clock.over
-                return False
-        return True
+            with claimed(self.plan.folder / job.place) as mine:
+                if self.result(job) is not None:
+                    continue
+                if not mine:
+                    others += 1
+                    continue
+                if clock.over:
+                    self.say(f"time is over: {len(todo) - number + 1} runs are left, go on with")
+                    self.say("the same command")
+                    return False
+                self.say(f"== {number}/{len(todo)} {job}")
+                if not self._do(job, device, clock):
+                    self.stopped = not clock.over
+                    return False
+        if others:
+            self.say(f"{others} runs are left to the processes that have begun them")
+        return not others
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """What a done run has left; LabError if it was another run."""
@@ -283,6 +297,21 @@ class Lab:
             for line in self._data[size.name].facts:
                 self.say(f"   {line}")
         return self._data[size.name]
+
+
+@contextmanager
+def claimed(place: Path) -> Iterator[bool]:
+    """Whether a run is this process's to make, while the block lasts; a process that ends, however
+    it ends, gives it back."""
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "lock", "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def teller(say: Callable[[str], None], every: float = 10.0) -> Callable[..., None]:

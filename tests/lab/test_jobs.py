@@ -160,3 +160,14 @@ def test_the_list_has_each_row_and_its_command(capsys: pytest.CaptureFixture[str
     for name in VARIANTS:
         assert f"hymba lab --size 20m --only {name} --part recall" in printed
     assert "HhhhhHhhhhhH" in printed and printed.count(" M parameters, layers") == len(VARIANTS)
+
+
+def test_what_another_process_has_begun_is_left_to_it(lab: MakeLab, tmp_path: Path) -> None:
+    plan = {"part": ("recall",), "only": ("hymba", "mamba"), "tasks": ("mqar",), "seeds": (0,)}
+    ours = lab(**plan)
+    first, second = jobs(ours.plan)
+    with machinery.claimed(ours.plan.folder / first.place) as mine:
+        assert mine
+        assert not ours.run()  # not done: one run is missing
+        assert ours.result(first) is None and ours.result(second) is not None
+    assert lab(**plan).run() and ours.result(first) is not None
