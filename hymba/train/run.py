@@ -36,7 +36,7 @@ from hymba.train.optim import clip, normalize_weights, optimizers, set_lr
 from hymba.train.parallel import World, spread
 from hymba.train.resume import CheckpointError, Checkpoints, step_of
 from hymba.train.rows import Loader, Packed
-from hymba.train.stages import Rowmaker, stages
+from hymba.train.stages import Rowmaker, Stage, stages
 from hymba.train.stop import stop_signals
 from hymba.train.store import TokenStore
 from hymba.train.track import Tracker, numbers, trackers
@@ -181,7 +181,7 @@ class Trainer:
     def _save(self, wait: bool = True) -> Path:
         state = {
             "model": _plain(self._first_config),
-            "data": self.loader.state_dict(),
+            "data": self._stage_of(self.step).loader.state_dict(),  # that the next step takes from
             "skipped": self.skipped,
             "seconds": self.seconds,
         }
@@ -197,9 +197,13 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
-    def _enter(self, done: int) -> None:
-        """Be in the stage that step number `done` (0 is the first) belongs to."""
-        current = [stage for stage in self._stages if stage.start <= done][-1]
+    def _stage_of(self, step: int) -> Stage:
+        """The stage that step number `step` (0 is the first) belongs to."""
+        return [stage for stage in self._stages if stage.start <= step][-1]
+
+    def _enter(self, step: int) -> None:
+        """Be in the stage that step number `step` belongs to."""
+        current = self._stage_of(step)
         if current is not self._stage:
             self._stage = current
             self.model.set_config(current.model)

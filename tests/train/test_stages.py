@@ -1,5 +1,7 @@
 """Longer rows with another rotary base at the end of a run."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,23 @@ def test_a_run_extends_and_goes_on_within_the_extension(
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     for name, p in model.state_dict().items():
         assert torch.equal(p, again.state_dict()[name]), name
+
+
+def test_a_run_goes_on_from_the_step_before_the_longer_rows(
+    new_model: NewModel, store: TokenStore, tmp_path: Path
+) -> None:
+    """Such a checkpoint once named the shorter rows' place, and no run could go on from it."""
+    Trainer(new_model(), config(tmp_path / "whole"), store, store, silent).run()
+
+    def stop(line: str) -> None:
+        if line.startswith("step 5/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert Trainer(new_model(), config(tmp_path / "stopped"), store, store, stop).run().stopped
+    said: list[str] = []
+    Trainer(new_model(), config(tmp_path / "stopped"), store, store, said.append).run()
+    assert "after step 5 from" in said[0]
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
 def test_the_base_matters(new_model: NewModel, store: TokenStore, tmp_path: Path) -> None:
