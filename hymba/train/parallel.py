@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from torch.distributed.tensor import DTensor
 from hymba.errors import UserError
 from hymba.model.decoder import LanguageModel
 from hymba.weights import usable_device
+
+PATIENCE = timedelta(days=30)  # with the first process, which may have a corpus to tokenise
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,15 @@ class World:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first process does the work within, the others after it (and find it done)."""
+        """The first process does the work within, however long it takes, the others after it (and
+        find it done)."""
+        # A group of its own: elsewhere waiting for more than some minutes is taken for a hang.
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.joined else None
         if not self.first:
-            self.wait()
+            dist.barrier(group)
         yield
-        if self.first:
-            self.wait()
+        if self.first and self.joined:
+            dist.barrier(group)
 
 
 @contextmanager

@@ -6,17 +6,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hymba.config import Config
 from hymba.errors import UserError
 from hymba.model.decoder import LanguageModel
 from hymba.train import OptimConfig, TokenStore, TrainConfig, Trainer, TrainError, metrics
-from hymba.train.parallel import World, gathered, spread
+from hymba.train.parallel import PATIENCE, World, gathered, spread
 
 NewModel = Callable[[], LanguageModel]
 STEPS, STOP = 8, 3
@@ -152,6 +154,21 @@ def test_alone_nothing_is_spread(new_model: NewModel) -> None:
     model, world = new_model(), World()
     assert spread(model, world) is model and gathered(model, world) is model
     assert type(model) is LanguageModel and world.first and not world.joined
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_wait_for_the_first_however_long_it_takes(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own patience is 10 minutes (NCCL) or 30 (gloo); tokenising a corpus takes hours."""
+    done: list[object] = []
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: (backend, timeout))
+    monkeypatch.setattr(dist, "barrier", done.append)
+    with World(rank, 2).in_turn():
+        done.append("work")
+    wait = ("gloo", PATIENCE)
+    assert done == (["work", wait] if rank == 0 else [wait, "work"])
+    assert PATIENCE > timedelta(days=7)
 
 
 def test_what_cannot_be_shared_is_refused(
