@@ -20,7 +20,7 @@ from hymba.finetune.settings import Settings
 from hymba.finetune.trainers import say
 from hymba.hf import HymbaForCausalLM
 from hymba.tokenizer import Tokenizer
-from hymba.train.run import stop_signals
+from hymba.train.stop import stop_signals
 
 INTERRUPTED = 130
 

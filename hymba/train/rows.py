@@ -249,6 +249,7 @@ class Loader:
 
     def __init__(self, rows: Rows) -> None:
         self.rows, self.row = rows, 0
+        self._made: tuple[tuple[int, ...], list[Packed]] | None = None
 
     def take(
         self, rows: int, micro: int | None = None, rank: int = 0, world: int = 1
@@ -258,15 +259,22 @@ class Loader:
         Process `rank` of `world` gets every world-th of them, in micro-batches of at most `micro`
         rows (one if None). Which rows a step has does not depend on either number.
         """
+        self.prepare(rows, micro, rank, world)
+        assert self._made is not None
+        (_, made), self._made = self._made, None
+        self.row += rows
+        return made
+
+    def prepare(self, rows: int, micro: int | None = None, rank: int = 0, world: int = 1) -> None:
+        """Make what the next `take` will give, if it is asked for the same."""
         if rows % world:
             raise ValueError(f"{rows} rows cannot be shared evenly by {world} processes")
         mine = range(self.row + rank, self.row + rows, world)
-        self.row += rows
         micro = micro or len(mine)
-        return [
-            Packed.joined([self.rows.row(number) for number in mine[first : first + micro]])
-            for first in range(0, len(mine), micro)
-        ]
+        key = (self.row, rows, micro, rank, world)
+        if self._made is None or self._made[0] != key:
+            parts = [mine[first : first + micro] for first in range(0, len(mine), micro)]
+            self._made = key, [Packed.joined([self.rows.row(i) for i in part]) for part in parts]
 
     @property
     def epoch(self) -> float:

@@ -215,7 +215,9 @@ class Trainer:
         began = time.perf_counter()
         lr = self.config.schedule.at(self.step, self.config.steps)
         batches = self._micro_batches()
-        loss = self._gradients(batches)
+        total = self._gradients(batches)
+        self._look_ahead()
+        loss = float(self.world.sum(total))
         norm = clip(self.model.parameters(), self.config.optimizer.clip)
         if math.isfinite(norm) and math.isfinite(loss):
             set_lr(self.optimizers, lr)
@@ -247,11 +249,20 @@ class Trainer:
         }
 
     def _micro_batches(self) -> list[Packed]:
-        world = self.world
-        return self.loader.take(self._stage.rows, self._stage.micro_rows, world.rank, world.size)
+        """This process's rows of the step."""
+        return self.loader.take(*self._share())
 
-    def _gradients(self, micro_batches: list[Packed]) -> float:
-        """Add up the gradients of the mean loss over all labels of the step; return that loss."""
+    def _look_ahead(self) -> None:
+        """Make the next step's rows while a GPU works on this one's."""
+        if self.step + 1 < self.config.steps:
+            self.loader.prepare(*self._share())
+
+    def _share(self) -> tuple[int, int | None, int, int]:
+        return self._stage.rows, self._stage.micro_rows, self.world.rank, self.world.size
+
+    def _gradients(self, micro_batches: list[Packed]) -> torch.Tensor:
+        """Add up the gradients of the mean loss over all labels of the step; return this process's
+        part of that loss."""
         total = torch.zeros((), device=self.model.device)
         counted = sum(int((packed.labels >= 0).sum()) for packed in micro_batches)
         labels = self.world.sum(total + counted).clamp(min=1)
@@ -259,7 +270,7 @@ class Trainer:
             loss = self._nats(packed, self.config.z_loss) / labels
             (loss * self.world.size).backward()  # FSDP2 takes the mean over processes
             total += loss.detach()
-        return float(self.world.sum(total))
+        return total
 
     def _nats(self, packed: Packed, z_loss: float = 0.0) -> torch.Tensor:
         """Cross-entropy of one batch, a scalar in nats, summed over its labels."""

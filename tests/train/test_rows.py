@@ -312,3 +312,18 @@ def test_what_a_mixture_says_of_itself() -> None:
     b.sequence_length = 3
     with pytest.raises(ValueError, match="different lengths"):
         Mixture([a, b], [1, 3], 0)
+
+
+def test_rows_made_ahead_are_those_that_are_taken(store: TokenStore) -> None:
+    """And they are no part of the state: a run that goes on makes them again."""
+    ahead, plain = (Loader(Packer(store, 16, seed=0)) for _ in range(2))
+    for rows, micro in ((4, 2), (4, 3), (6, None)):
+        ahead.prepare(4, 2)  # of another size in the end, or not
+        assert ahead.state_dict() == plain.state_dict()
+        for ours, theirs in zip(ahead.take(rows, micro), plain.take(rows, micro), strict=True):
+            assert torch.equal(ours.tokens, theirs.tokens) and ours.lengths == theirs.lengths
+        assert ahead.state_dict() == plain.state_dict()
+    ahead.prepare(4)
+    ahead.load_state_dict(plain.state_dict() | {"row": 0})
+    [first], [again] = Loader(Packer(store, 16, seed=0)).take(4), ahead.take(4)
+    assert torch.equal(first.tokens, again.tokens)

@@ -72,7 +72,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(
     for micro in (None, micro_rows):
         model = new_model()
         trainer = Trainer(model, config(tmp_path, rows=5, micro_rows=micro), store, None, silent)
-        steps.append(trainer._gradients(trainer._micro_batches()))
+        steps.append(float(trainer._gradients(trainer._micro_batches())))
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert steps[1] == pytest.approx(steps[0], rel=1e-6)
     for name, whole in gradients[0].items():
