@@ -92,6 +92,7 @@ def kept(tmp_path: Path) -> Path:
 
 
 def test_runs_become_one_file_a_device(kept: Path) -> None:
+    pytest.importorskip("matplotlib")  # of the picture beside it
     assert sorted(path.name for path in kept.iterdir()) == [
         "lab-small-a-chip-tm.json",
         "lab-small-a-chip-tm.png",
@@ -187,6 +188,7 @@ def test_the_page_is_written_between_its_markers(kept: Path, tmp_path: Path) -> 
 
 
 def test_figures_have_one_line_an_axis(kept: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     data = next(kept_results(kept))
     points = data["rows"][0]["recall"]
     assert sorted(series(points["mqar"]["points"], "pairs")) == [2, 4, 8, 16]
