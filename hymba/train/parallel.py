@@ -14,11 +14,13 @@ computed and put away again; gradients are summed into the shares. All of it is 
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,10 +71,18 @@ class World:
         # A group of its own: elsewhere waiting for more than some minutes is taken for a hang.
         group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.joined else None
         if not self.first:
-            dist.barrier(group)
+            _wait_long(group)
         yield
         if self.first and self.joined:
-            dist.barrier(group)
+            _wait_long(group)
+
+
+def _wait_long(group: Any) -> None:
+    """Until every process is here, or Ctrl-C comes, which a barrier alone does not see."""
+    work = dist.barrier(group, async_op=True)
+    while not work.is_completed():
+        time.sleep(0.05)
+    work.wait()
 
 
 @contextmanager
@@ -151,4 +161,5 @@ def gathered(model: LanguageModel, world: World) -> LanguageModel | None:
         return None
     whole = LanguageModel(model.config)
     whole.load_state_dict(weights, strict=False)  # a tied head is named once
+    whole.folder = model.folder
     return whole
