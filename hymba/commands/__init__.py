@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from hymba.errors import UserError
+
 Options = TypeVar("Options")
 
 
@@ -51,5 +53,7 @@ def choose_threads(asked: int = 0) -> None:
     """
     import torch
 
+    if asked < 0:
+        raise UserError(f"threads is {asked}, but must be 0 (half the cores) or more")
     if asked or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(asked or max(1, (os.cpu_count() or 2) // 2))

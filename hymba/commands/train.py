@@ -188,6 +188,11 @@ def _build(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
                 f"{config.start_from} knows {model.config.vocab_size} tokens, the data has"
                 f" {tokenizer.vocab_size}: --data.tokenizer {config.start_from}"
             )
+        if _reads_otherwise(model, tokenizer):
+            raise UserError(
+                f"{config.start_from} has learnt another tokenizer's tokens than the data's:"
+                f" --data.tokenizer {config.start_from}"
+            )
         return model.train()
     if config.model is None:
         raise UserError("the recipe names no model: --model PRESET, or a folder with a config.json")
@@ -195,6 +200,13 @@ def _build(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     pad = {"pad_token_id": tokenizer.pad_id}
     plan = config.model.replace(vocab_size=tokenizer.vocab_size, **ids, **pad)
     return LanguageModel(plan).init_weights(seed=config.seed)
+
+
+def _reads_otherwise(model: LanguageModel, tokenizer: Tokenizer) -> bool:
+    """Whether the folder that a model came from has a tokenizer, and another one."""
+    if model.folder is None or not (model.folder / "tokenizer.json").is_file():
+        return False
+    return type(tokenizer).from_folder(model.folder).fingerprint != tokenizer.fingerprint
 
 
 def _write_settings(config: TrainConfig, command: list[str]) -> None:

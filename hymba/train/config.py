@@ -83,8 +83,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in ("wsd", "cosine"):
             raise OptimError(f"schedule kind {self.kind!r} is unknown: use wsd or cosine")
-        if not self.peak > 0 or not 0 <= self.floor <= 1:
-            raise OptimError(f"peak {self.peak} must be above 0, floor {self.floor} from 0 to 1")
+        if not 0 < self.peak < math.inf or not 0 <= self.floor <= 1:
+            raise OptimError(
+                f"peak {self.peak} must be a number above 0, floor {self.floor} from 0 to 1"
+            )
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
             raise OptimError(
                 f"warmup {self.warmup} and decay {self.decay} must be shares of the run that "
@@ -184,7 +186,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "rows": 1, "micro_rows": 1, "sequence_length": 1, "log_every": 1}
-        for name, smallest in (least | {"keep": 1, "most_skips": 1, "copies": 1}).items():
+        more = {"held_out_tokens": 1, "keep": 1, "most_skips": 1, "copies": 1}
+        for name, smallest in (least | more).items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise TrainError(f"{name} is {value}, but must be {smallest} or more")

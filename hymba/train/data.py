@@ -186,6 +186,8 @@ def find(name: str, key: str = "text") -> Source:
     if name.startswith("hf:"):
         return sources.HubStream.parse(name.removeprefix("hf:"), key)
     path = Path(name).expanduser()
+    if not name:  # Path("") is the folder we are in
+        raise DataError("a source has no name: say . for the folder you are in")
     if path.is_dir():
         return sources.folder(path, key)
     if path.is_file():

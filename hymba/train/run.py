@@ -86,6 +86,7 @@ class Trainer:
         self.optimizers = optimizers(model, config.optimizer)
         self.checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, self.world)
         self.step = 0  # done
+        self.tokens = 0  # of the rows taken; a run may go on with other rows
         self.skipped = 0  # steps whose gradients were not finite, in all
         self.skipped_in_a_row = 0
         self.seconds = 0.0  # spent in training steps, over all calls
@@ -162,10 +163,12 @@ class Trainer:
             )
         state = self.checkpoints.state(latest)
         self._same_model(state["model"], latest)
+        self._refuse_others(state, latest)
         self._enter(state["step"])
         self.loader.load_state_dict(state["data"])
         self.checkpoints.load(latest, self.model, self.optimizers)
         self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
+        self.tokens = state.get("tokens", self.step * self.config.tokens)
         self.say(f"going on after step {self.step} from {latest}")
 
     def _same_model(self, saved: dict[str, Any], place: Path) -> None:
@@ -178,9 +181,25 @@ class Trainer:
                 "model, or start in another folder"
             )
 
+    def _refuse_others(self, state: dict[str, Any], place: Path) -> None:
+        """What would else end in torch's words, or in a run that says it is done and is not."""
+        kind = self.config.optimizer.kind
+        if state.get("optimizer", kind) != kind:
+            raise TrainError(
+                f"{place} was made with optimizer.kind {state['optimizer']}, now it is {kind}: go "
+                f"on with {state['optimizer']}, or start in another folder"
+            )
+        if state["step"] > self.config.steps:
+            raise TrainError(
+                f"{place} has done {state['step']} steps, the run has {self.config.steps}: give it "
+                "as many, or start in another folder"
+            )
+
     def _save(self, wait: bool = True) -> Path:
         state = {
             "model": _plain(self._first_config),
+            "optimizer": self.config.optimizer.kind,
+            "tokens": self.tokens,
             "data": self._stage_of(self.step).loader.state_dict(),  # that the next step takes from
             "skipped": self.skipped,
             "seconds": self.seconds,
@@ -231,6 +250,7 @@ class Trainer:
             self.skipped_in_a_row += 1
         self.model.zero_grad(set_to_none=True)
         self.step += 1
+        self.tokens += self.config.tokens
         seconds = time.perf_counter() - began
         self.seconds += seconds
         return {
@@ -239,7 +259,7 @@ class Trainer:
             "bits_per_byte_train": self._bits(loss),
             "lr": lr,
             "grad_norm": norm,
-            "tokens": self.step * self.config.tokens,
+            "tokens": self.tokens,
             "epoch": self.loader.epoch,
             "tokens_per_second": self.config.tokens / seconds,
             "mfu": self._mfu(batches, seconds),

@@ -96,6 +96,18 @@ def test_weights_to_start_from(train: Callable[..., tuple[int, str, str]]) -> No
         torch.testing.assert_close(after[name], p, atol=1e-6, rtol=0, msg=name)
 
 
+def test_weights_of_another_tokenizer_are_refused(
+    train: Callable[..., tuple[int, str, str]],
+) -> None:
+    """A smaller vocabulary fits the embeddings, but its ids mean other words there."""
+    assert train(SMALL)[0] == 0
+    given = ["--start-from", "run/model", "--data.vocab-size", "270", "--folder", "more"]
+    code, _, err = train(SMALL, *given)
+    assert code == 2 and err.endswith(
+        "another tokenizer's tokens than the data's: --data.tokenizer run/model\n"
+    )
+
+
 def test_print_shows_all_settings_and_does_nothing(
     train: Callable[..., tuple[int, str, str]],
 ) -> None:
@@ -139,6 +151,8 @@ def test_the_twin_is_as_large() -> None:
         ([SMALL, "--sequence-length", "99999"], "too few for one row"),
         ([SMALL, "--start-from", "./nowhere"], "nowhere"),
         ([SMALL, "--track", "neptune"], "tensorboard"),
+        ([SMALL, "--threads", "-1"], "threads is -1"),
+        ([SMALL, "--data.sources", ""], "a source has no name"),
         ([SMALL, "--device", "tpu"], "no device called 'tpu'"),
         ([SMALL, "--device", "cuda"], "cuda"),
     ],

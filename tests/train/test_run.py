@@ -16,7 +16,7 @@ import torch
 
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
-from hymba.train import metrics
+from hymba.train import OptimConfig, metrics
 from hymba.train.rows import Loader, Packer
 from hymba.train.run import TrainConfig, Trainer, TrainError
 from hymba.train.sources import DataError
@@ -224,6 +224,38 @@ def test_never_refuses_a_folder_with_a_run(
         Trainer(new_model(), config(tmp_path, resume="never"), store, None, silent).run()
 
 
+def test_more_steps_than_asked_for_are_refused(
+    new_model: NewModel, store: TokenStore, tmp_path: Path
+) -> None:
+    """It would look as if the run were done, in so many steps as were asked for."""
+    Trainer(new_model(), config(tmp_path, steps=4), store, None, silent).run()
+    with pytest.raises(TrainError, match="has done 4 steps, the run has 3"):
+        Trainer(new_model(), config(tmp_path, steps=3), store, None, silent).run()
+
+
+@pytest.mark.parametrize("kinds", [("adamw", "muon"), ("muon", "adamw")])
+def test_another_optimizer_is_refused(
+    kinds: tuple[Any, Any], new_model: NewModel, store: TokenStore, tmp_path: Path
+) -> None:
+    """Not in torch's words for means that are not there, with the advice to delete a checkpoint."""
+    made = (OptimConfig(kind=kind) for kind in kinds)
+    first, second = (config(tmp_path, steps=2, optimizer=each) for each in made)
+    Trainer(new_model(), first, store, None, silent).run()
+    with pytest.raises(TrainError, match=f"made with optimizer.kind {kinds[0]}, now it is"):
+        Trainer(new_model(), second, store, None, silent).run()
+
+
+def test_tokens_are_counted_as_they_were_taken(
+    new_model: NewModel, store: TokenStore, tmp_path: Path
+) -> None:
+    """Not steps times the tokens of a step, which a run that goes on may change."""
+    first = config(tmp_path, steps=2)
+    Trainer(new_model(), first, store, None, silent).run()
+    Trainer(new_model(), replace(first, steps=3, rows=2 * first.rows), store, None, silent).run()
+    tokens = [record["tokens"] for record in metrics.read(tmp_path / "metrics.jsonl")]
+    assert tokens == [first.tokens, 2 * first.tokens, 4 * first.tokens]
+
+
 def test_another_order_of_the_data_is_refused(
     new_model: NewModel, store: TokenStore, tmp_path: Path
 ) -> None:
@@ -255,7 +287,14 @@ def test_another_model_is_refused(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"micro_rows": 0}, {"keep": 0}, {"precision": "int8"}, {"resume": "maybe"}],
+    [
+        {"steps": 0},
+        {"held_out_tokens": 0},
+        {"micro_rows": 0},
+        {"keep": 0},
+        {"precision": "int8"},
+        {"resume": "maybe"},
+    ],
 )
 def test_wrong_settings_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(TrainError, match=next(iter(wrong))):
