@@ -162,9 +162,11 @@ def _nothing(_: str) -> None:
 @contextmanager
 def _progress(shown: bool) -> Iterator[Any]:
     """A bar for reading and tokenising: progress(what, done, total or None)."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    shown = shown and Console().is_terminal  # elsewhere it would be an empty line
     with Progress(*columns, TimeElapsedColumn(), transient=True, disable=not shown) as bar:
         tasks: dict[str, Any] = {}
 

@@ -218,8 +218,8 @@ def _separate(
         ]
     if not others:
         raise DataError(
-            f"{config.held_out_percent:g} percent of the sources is no document: give more text, a "
-            "larger held_out_percent, 0 for none, or other sources as held_out"
+            f"{config.held_out_percent:g} percent of the sources is no document, or all: give more "
+            "text, another held_out_percent, 0 for none, or other sources as held_out"
         )
     held_out = TokenStore.joined(others)
     return [store.without(held_out) for store in stores], held_out
