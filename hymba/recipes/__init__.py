@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import runpy
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ def _of_file(path: Path, function: str) -> TrainConfig:
 
     if not path.is_file():
         raise UserError(f"{path} does not exist: a recipe of your own is file.py:function")
+    # As `python file.py` does, for what lies beside it; for good: a function may import late.
+    sys.path.insert(0, str(path.resolve().parent))
     names: dict[str, Any] = runpy.run_path(str(path))
     if not callable(names.get(function)):
         raise UserError(f"{path} has no function {function!r}")

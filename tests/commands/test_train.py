@@ -131,6 +131,20 @@ def test_recipes_are_sound(name: str) -> None:
     replace(config, seed=1)  # its settings agree
 
 
+def test_a_recipe_may_import_what_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told to pip install its own neighbour."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_a_recipe.py").write_text("STEPS = 7\n")
+    text = "from dataclasses import replace\nfrom hymba.recipes.pretrain import tiny\n"
+    text += (
+        "from beside_a_recipe import STEPS\ndef own():\n    return replace(tiny(), steps=STEPS)\n"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    assert recipe(f"{tmp_path / 'mine.py'}:own").steps == 7
+
+
 def test_the_twin_is_as_large() -> None:
     sizes = []
     for name in ("hymba-125m", "llama-125m"):
