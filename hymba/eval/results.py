@@ -1,0 +1,161 @@
+"""What an evaluation leaves: one JSON file that says what was measured, of what, with what, and how.
+
+    write_result(path, {"needle": {...}}, config={...}, device=model.device)
+
+Every file has the same head: kind, command, date, device, versions, config. `Finished` keeps the
+tasks that are done, so that the same command does not do them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hymba import __version__
+from hymba.errors import UserError
+
+PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "triton")
+
+
+def write_result(
+    path: str | Path,
+    results: Mapping[str, Any],
+    config: Mapping[str, Any],
+    device: str | torch.device = "cpu",
+    kind: str = "evaluation",
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Write the head and `results` beside it (their names must not be the head's); returns all."""
+    content = head(config, device, kind, command) | dict(results)
+    write_json(Path(path), content)
+    return content
+
+
+def head(
+    config: Mapping[str, Any], device: str | torch.device, kind: str, command: str | None = None
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "command": command or _command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "versions": versions(),
+        "config": dict(config),
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The whole file or the one that was there. Numbers that JSON has no word for become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    found = {"hymba": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str | torch.device) -> str:
+    device = torch.device(device)
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def fingerprint(*what: Any) -> str:
+    """Equal exactly for equal settings."""
+    text = json.dumps(_plain(what), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_of(folder: Path) -> list[Any]:
+    """What tells one checkpoint from another without reading gigabytes."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.json")])
+    stats = [(file.name, file.stat()) for file in files]
+    return [str(folder.resolve()), [(n, s.st_size, s.st_mtime_ns) for n, s in stats]]
+
+
+class Finished:
+    """Tasks that are done, in a file that is written anew after each; None: kept nowhere."""
+
+    def __init__(self, path: Path | None, head: Mapping[str, Any], fresh: bool = False) -> None:
+        self.path, self.head = path, head
+        self.tasks: dict[str, dict[str, Any]] = {}
+        self._earlier = {} if fresh or path is None else _tasks_in(path)
+
+    def look(self, name: str, print_: str) -> dict[str, Any] | None:
+        """An earlier result of a task with these settings."""
+        found = self._earlier.get(name)
+        return found if found is not None and found.get("fingerprint") == print_ else None
+
+    def other(self, name: str, print_: str) -> bool:
+        """Whether there is a result of that task, but with other settings."""
+        return name in self._earlier and self.look(name, print_) is None
+
+    def add(self, name: str, result: Mapping[str, Any]) -> None:
+        self.tasks[name] = dict(result)
+        self.write({})
+
+    def write(self, more: Mapping[str, Any]) -> None:
+        """Earlier tasks stay in the file, this run's come first."""
+        if self.path is not None:
+            rest = {name: x for name, x in self._earlier.items() if name not in self.tasks}
+            write_json(self.path, {**self.head, **more, "tasks": self.tasks | rest})
+
+
+def _tasks_in(path: Path) -> dict[str, dict[str, Any]]:
+    """UserError where a file is there that is no evaluation: it would be lost."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["tasks"])
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: --out names a JSON file") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no file of an evaluation: name another --out") from None
+
+
+def _command() -> str:
+    name = Path(sys.argv[0]).name
+    words = ["hymba" if name in ("__main__.py", "hymba") else name, *sys.argv[1:]]
+    return " ".join(word if word and " " not in word else repr(word) for word in words)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: NumPy's and torch's numbers as Python's, anything else as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(x) for x in value]
+    if isinstance(value, str | bool | int | None):
+        return value
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return getattr(value, "__qualname__", None) or str(value)
