@@ -1,10 +1,10 @@
-"""The effective receptive field (paper, equation 5): how far back the last token looks, over layers.
+"""The effective receptive field (paper, equation 5): how far back the last token looks.
 
     ERF = sum_n sum_h sum_s  2 M^h_n(S, s) (S - s) (N - n + 1)  /  (H N (N + 1))
 
 N layers, H heads, S the last token, M^h_n(S, s) its weight on token s in layer n (n = 1 is the
-first). 2 (N - n + 1) / (N (N + 1)) adds up to 1 and counts early layers more, since what they gather
-every later one hands on. So it is a mean distance in tokens.
+first). 2 (N - n + 1) / (N (N + 1)) adds up to 1 and counts early layers more, since what they
+gather every later one hands on. So it is a mean distance in tokens.
 
 Ours to decide, because the paper does not say: meta tokens stand outside the text, a look at them
 is no distance; in a layer with both branches the mean of attention's heads and the mean of the

@@ -10,15 +10,15 @@ Put the first line into itself, from the zeros before row 0 on:
 
     h_i = sum_{j <= i}  ( prod_{k=j+1..i} exp(A dt_k) )  dt_j B_j u_j
 
-and what y_i takes from row j is a number, the paper's equation 2 (after Ali, Zimerman and Wolf 2024,
-"The Hidden Attention of Mamba Models", arXiv 2403.01590):
+and what y_i takes from row j is a number, the paper's equation 2 (after Ali, Zimerman and Wolf
+2024, "The Hidden Attention of Mamba Models", arXiv 2403.01590):
 
     alpha_ij = C_i . ( prod_{k=j+1..i} exp(A dt_k) ) B_j dt_j     0 for j > i
              = sum_n  C_in B_jn exp(A_n (s_i - s_j)) dt_j         s = cumulative sum of dt
 
 so  y = alpha @ u + D u,  times silu(gate): tests/eval/test_probe_walk.py holds that to the model's
-own scan. u is what leaves the convolution, which has mixed K neighbours already; rows are one text's
-with the meta tokens in front, whose state is what the text starts from.
+own scan. u is what leaves the convolution, which has mixed K neighbours already; rows are one
+text's with the meta tokens in front, whose state is what the text starts from.
 
 Unlike attention's, alpha has signs, no row adds up to 1, and each channel has its own matrix (for
 which only s and A differ). As a share we take |alpha_ij| / sum_j |alpha_ij|. D, a way past the
@@ -38,9 +38,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba import ops
-from hymba.eval.probe.attention import Rows, strips
+from hymba.eval.probe import attention
+from hymba.eval.probe.attention import Rows
 from hymba.eval.probe.walk import Seen
 from hymba.ops import Segments
+
+
+LESS = 8  # strips are so many times smaller than attention's: several are made, none looks ahead
 
 
 class Recurrence(NamedTuple):
@@ -77,17 +81,17 @@ def alpha(r: Recurrence, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
     total, chosen = len(r.u), chosen.to(r.u.device)
     dt, A = r.dt[:, chosen].T, r.A[chosen]  # (c, R), (c, n)
     s = dt.double().cumsum(-1)
-    for first, end in strips(total, len(chosen) * total):
-        gone = (s[:, first:end, None] - s[:, None, :]).clamp(min=0).to(dt.dtype)  # (c, T, R)
+    for first, end in attention.strips(total, LESS * len(chosen) * total):
+        gone = (s[:, first:end, None] - s[:, None, :end]).clamp(min=0).to(dt.dtype)  # (c, T, end)
         found = torch.zeros_like(gone)
         for n in range(A.shape[1]):
-            pairs = r.C[first:end, n, None] * r.B[None, :, n]  # (T, R)
+            pairs = r.C[first:end, n, None] * r.B[None, :end, n]  # (T, end)
             found.addcmul_((gone * A[:, n, None, None]).exp_(), pairs)
-        yield first, (found * dt[:, None, :]).tril_(first)
+        yield first, F.pad((found * dt[:, None, :end]).tril_(first), (0, total - end))
 
 
 def hidden_rows(seen: Seen, chosen: Tensor) -> Iterator[Rows]:
-    """|alpha|, each row's adding up to 1: (c, T, R) strip by strip, a channel in place of a head."""
+    """|alpha|, each row adding up to 1: (c, T, R) strip by strip, a channel in place of a head."""
     for first, found in alpha(recurrence(seen), chosen):
         found = found.abs_()
         yield Rows(first, found / found.sum(-1, keepdim=True).clamp(min=1e-30))

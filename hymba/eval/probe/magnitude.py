@@ -1,7 +1,7 @@
 """How large the two branches' outputs are, before and behind the norms that make them comparable.
 
 Root mean squares over text rows and channels. "behind" is what a branch adds to what the output
-projection reads: norm, learned weight, half. A layer with one branch has no norm: both are the same.
+projection reads: norm, learned weight, half. A layer with one branch has no norm: they are equal.
 """
 
 from __future__ import annotations

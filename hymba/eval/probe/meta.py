@@ -1,7 +1,7 @@
-"""Which meta tokens fire for which text: where the weight that attention gives to meta tokens goes.
+"""Which meta tokens fire for which text: where the weight goes that attention gives to them.
 
-A meta token's firing in a text is the mean weight it gets, over heads, layers and rows; its share is
-that over the sum of all meta tokens'. Two texts differ by the Jensen-Shannon distance of their
+A meta token's firing in a text is the mean weight it gets, over heads, layers and rows; its share
+is that over the sum of all meta tokens'. Two texts differ by the Jensen-Shannon distance of their
 shares, in bits: 0 the same, 1 no meta token in common. Beside it stands what chance and place alone
 do: the distance between the two halves of one text.
 """

@@ -37,7 +37,7 @@ class KeysValues:
             return
         cos, sin = rope
         k = apply_rope(seen.k, (cos, -sin))  # a turn the other way
-        store = self.found.setdefault(seen.index, {"k": [], "v": []})
+        store = self.found.setdefault(seen.number, {"k": [], "v": []})
         store["k"].append(k[meta:].float().cpu())
         store["v"].append(seen.v[meta:].float().cpu())
 

@@ -9,8 +9,8 @@ model trains, so that the text and what it finds in them is one picture.
         seen.q, seen.outs["attention"], seen.parts["ssm"]
 
 `meta=False` is the same weights without their meta tokens: nobody has their keys to look at, and
-convolution and scan begin from nothing. Positions stay as they were (rotation knows only distances).
-It is not a model that was trained without them.
+convolution and scan begin from nothing. Positions stay (rotation knows only distances). It is not
+a model that was trained without them.
 
 R rows: M meta tokens, then N of the texts. Everything is without gradients.
 """
@@ -39,7 +39,7 @@ Switch = Mapping[str, Tensor]  # {branch: factors of its channels}
 class Seen(NamedTuple):
     """One layer. Attention's tensors are None in a layer without, and the SSM's likewise."""
 
-    index: int
+    number: int
     layer: Layer
     mixer: HybridMixer
     q: Tensor | None  # (R, H, h), rotated

@@ -1,0 +1,151 @@
+"""The paper's statements about the heads (arXiv 2411.13676), each beside what this model shows.
+
+The paper speaks of models of 300 million parameters and more, trained on 100 billion tokens; whether
+a small one agrees is a fact about that one. A rule decides, nobody's eye: True, False, or None
+where the model lacks what the statement is about.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+
+class Finding(NamedTuple):
+    statement: str
+    here: str
+    agrees: bool | None
+
+
+NO_META, NO_HYBRID = "the model has no meta tokens", "the model has no layer with both branches"
+
+
+def findings(result: Record) -> list[Finding]:
+    return [
+        _drain(result),
+        _shares(result),
+        _entropy(result, "attention", "in all attention heads (figure 15)"),
+        _entropy(result, "ssm", "in 10 of 12 layers of SSM heads (figure 15)"),
+        _specialised(result),
+        _magnitude(result),
+        _first_layer(result),
+        _importance(result),
+        _field(result),
+    ]
+
+
+def _drain(result: Record) -> Finding:
+    said = "Meta tokens take over the attention that the first token would get (figure 7)"
+    without = result["shares_without_meta"]
+    if not without or "attention" not in without:
+        return Finding(said, NO_META, None)
+    a, b = result["shares"]["attention"]["mean"], without["attention"]["mean"]
+    here = (
+        f"the first token gets {_percent(a['first'])} with meta tokens,"
+        f" {_percent(b['first'])} when they are taken away; meta tokens get {_percent(a['meta'])}"
+    )
+    return Finding(said, here, a["meta"] > a["first"] and a["first"] < b["first"])
+
+
+def _shares(result: Record) -> Finding:
+    said = 'SSM heads favour "self", attention heads "cross" (figure 7)'
+    shares = result["shares"]
+    if set(shares) != {"attention", "ssm"}:
+        return Finding(said, "the model has one kind of heads", None)
+    a, s = shares["attention"]["mean"], shares["ssm"]["mean"]
+    here = (
+        f"self: SSM {_percent(s['self'])}, attention {_percent(a['self'])};"
+        f" cross: SSM {_percent(s['cross'])}, attention {_percent(a['cross'])}"
+    )
+    return Finding(said, here, s["self"] > a["self"] and a["cross"] > s["cross"])
+
+
+def _entropy(result: Record, branch: str, where: str) -> Finding:
+    said = f"Meta tokens lower the entropy {where}"
+    without = result["shares_without_meta"]
+    if not without or branch not in without:
+        return Finding(said, NO_META, None)
+    rows = zip(result["shares"][branch]["layers"], without[branch]["layers"], strict=True)
+    pairs = [(a["entropy_bits"], b["entropy_bits"]) for a, b in rows if a and b]
+    lower = sum(a < b for a, b in pairs)
+    mean = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
+    here = (
+        f"lower in {lower} of {len(pairs)} layers; mean {mean[0]:.2f} bits with,"
+        f" {mean[1]:.2f} with them taken away from the same weights"
+    )
+    return Finding(said, here, lower > len(pairs) / 2)
+
+
+def _specialised(result: Record) -> Finding:
+    said = "Different meta tokens fire for different kinds of text (figure 5)"
+    meta = result["meta"]
+    if meta is None or len(meta["texts"]) < 2:
+        return Finding(said, NO_META if meta is None else "there is one text", None)
+    between = [pair["bits"] for pair in meta["distance_between_texts"]]
+    within = list(meta["distance_within_text"].values())
+    a, b = sum(between) / len(between), sum(within) / len(within)
+    here = (
+        f"texts are {a:.4f} bits apart in which meta tokens they use (Jensen-Shannon), the two"
+        f" halves of one text {b:.4f}"
+    )
+    return Finding(said, here, a > b)
+
+
+def _magnitude(result: Record) -> Finding:
+    said = "The SSM's output is consistently larger than attention's (figure 12)"
+    rows = [row for row in result["magnitudes"] if len(row) == 2]
+    if not rows:
+        return Finding(said, NO_HYBRID, None)
+    ratios = sorted(row["ssm"]["before"] / max(1e-30, row["attention"]["before"]) for row in rows)
+    larger = sum(ratio > 1 for ratio in ratios)
+    here = (
+        f"larger in {larger} of {len(rows)} layers; SSM over attention from {ratios[0]:.2f} to"
+        f" {ratios[-1]:.2f} before the norms"
+    )
+    return Finding(said, here, larger > len(rows) / 2)
+
+
+def _first_layer(result: Record) -> Finding:
+    said = "Taking the first layer's SSM away costs most (figure 3: down to guessing)"
+    rows = [part for part in result["importance"]["parts"] if part["head"] is None]
+    if not any(part["branch"] == "ssm" for part in rows):
+        return Finding(said, "the model has no SSM", None)
+    worst = max(rows, key=lambda part: part["change"])
+    name = {"ssm": "SSM", "attention": "attention"}[worst["branch"]]
+    here = (
+        f"the dearest branch is layer {worst['layer']}'s {name}: the loss of"
+        f" {result['importance']['loss']:.2f} nats a token grows by {worst['change']:.2f}"
+    )
+    first = next(part["layer"] for part in rows if part["branch"] == "ssm")
+    return Finding(said, here, worst["branch"] == "ssm" and worst["layer"] == first)
+
+
+def _importance(result: Record) -> Finding:
+    said = "A layer's SSM heads matter more than its attention heads (figure 3: 1.1 to 0.24 points)"
+    means = {}
+    for branch in ("attention", "ssm"):
+        rows = [
+            part["change"]
+            for part in result["importance"]["parts"]
+            if part["head"] is None and part["branch"] == branch
+        ]
+        if not rows:
+            return Finding(said, "the model has one kind of heads", None)
+        means[branch] = sum(rows) / len(rows)
+    here = (
+        f"mean growth of the loss: {means['ssm']:.3f} nats without a layer's SSM,"
+        f" {means['attention']:.3f} without its attention"
+    )
+    return Finding(said, here, means["ssm"] > means["attention"])
+
+
+def _field(result: Record) -> Finding:
+    said = "Side by side, heads look much further back than by turns (figure 11, equation 5)"
+    mean = result["field"]["mean"]
+    here = "; ".join(f"{kind} {tokens:.1f} tokens" for kind, tokens in mean.items())
+    return Finding(said, f"{here}: a comparison needs a second model's report", None)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"

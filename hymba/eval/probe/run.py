@@ -1,0 +1,251 @@
+"""Everything that is asked of a model, as plain data: `measure` -> what probe.json holds, and maps.
+
+Texts are looked at one by one, layers one by one (walk.py), so that memory holds the weights of the
+model, one layer's rows and a strip of one attention matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hymba.config import Config
+from hymba.eval.probe.attention import attention_rows
+from hymba.eval.probe.field import field
+from hymba.eval.probe.hidden import channels, hidden_rows
+from hymba.eval.probe.importance import MOST_HEADS, Part, branches, importance, single_heads
+from hymba.eval.probe.magnitude import Magnitudes
+from hymba.eval.probe.meta import domains
+from hymba.eval.probe.share import KINDS, Reading, read
+from hymba.eval.probe.sharing import KeysValues
+from hymba.eval.probe.texts import Text
+from hymba.eval.probe.walk import Seen, start, walk
+from hymba.model.decoder import LanguageModel
+
+MAP_BYTES = 6 << 20  # of all maps in a page; single heads are left out of it where they are more
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is looked at; what is left out is said in the report."""
+
+    tokens: int = 256  # of each text
+    channels: int = 64  # of an SSM's, evenly spread
+    shown: int = 96  # tokens of each text in the maps
+    heads: bool | None = None  # take single heads away too; None: if there are not too many
+
+
+@dataclass
+class Found:
+    """Readings of one text, layer by layer; None where a layer lacks the branch."""
+
+    attention: list[Reading | None]
+    ssm: list[Reading | None]
+
+    def of(self, branch: str) -> list[Reading | None]:
+        return self.attention if branch == "attention" else self.ssm
+
+
+Tick = Callable[[str], None]  # told what was done, `steps` times in all
+
+
+def parts_of(config: Config, limits: Limits) -> list[Part]:
+    """What importance takes away."""
+    heads = list(single_heads(config))
+    wanted = len(heads) <= MOST_HEADS if limits.heads is None else limits.heads
+    return [*branches(config), *(heads if wanted else [])]
+
+
+def steps(config: Config, texts: int, limits: Limits) -> int:
+    """How often `tick` is called."""
+    walks = texts * (2 if config.meta_tokens else 1)
+    return walks * config.num_layers + len(parts_of(config, limits))
+
+
+def measure(
+    model: LanguageModel, texts: list[Text], limits: Limits, tick: Tick = lambda what: None
+) -> tuple[Record, Record]:
+    """-> (every number, the maps)."""
+    config = model.config
+    magnitudes = [Magnitudes() for _ in config.layers]
+    kv = KeysValues()
+    with_meta = {
+        text.name: _look(model, text, limits, True, tick, magnitudes, kv) for text in texts
+    }
+    without: dict[str, Found] = {}
+    if config.meta_tokens:
+        without = {text.name: _look(model, text, limits, False, tick) for text in texts}
+    parts = parts_of(config, limits)
+    ids = {text.name: text.ids for text in texts}
+    loss = importance(model, ids, parts, lambda: tick("taking parts away"))
+    result = {
+        "branches": [name for name in ("attention", "ssm") if _has(config, name)],
+        "shares": _shares(with_meta),
+        "shares_without_meta": _shares(without) if without else None,
+        "meta": _meta(with_meta) if config.meta_tokens and _has(config, "attention") else None,
+        "magnitudes": [each.result() for each in magnitudes],
+        "importance": loss,
+        "field": _fields(with_meta),
+        "field_without_meta": _fields(without) if without else None,
+        "kv": kv.result() if len(config.kv_owners) > 1 else None,
+    }
+    return result, _maps(with_meta, texts, limits)
+
+
+def _has(config: Config, branch: str) -> bool:
+    return any(getattr(layer, branch) for layer in config.layers)
+
+
+def _look(
+    model: LanguageModel,
+    text: Text,
+    limits: Limits,
+    with_meta: bool,
+    tick: Tick,
+    magnitudes: list[Magnitudes] | None = None,
+    kv: KeysValues | None = None,
+) -> Found:
+    """One text through the model, with or without the meta tokens."""
+    meta = model.config.meta_tokens if with_meta else 0
+    found = Found([], [])
+    shown = min(limits.shown, len(text.ids))
+    _, road = start(model, [text.ids], with_meta)
+    chosen = channels(model.config.inner_size, limits.channels)
+    for seen in walk(model, [text.ids], with_meta):
+        attention, ssm = _readings(seen, meta, shown, chosen)
+        found.attention.append(attention)
+        found.ssm.append(ssm)
+        if magnitudes is not None:
+            magnitudes[seen.number].add(seen, meta)
+        if kv is not None:
+            kv.add(seen, road.rope, meta)
+        tick(f"{text.name}{'' if with_meta else ' without meta tokens'}")
+    return found
+
+
+@torch.no_grad()
+def _readings(
+    seen: Seen, meta: int, shown: int, chosen: Tensor
+) -> tuple[Reading | None, Reading | None]:
+    attention = ssm = None
+    if seen.layer.attention:
+        attention = read(attention_rows(seen, meta), meta, shown, each_head=True)
+    if seen.layer.ssm:
+        ssm = read(hidden_rows(seen, chosen), meta, shown)
+    return attention, ssm
+
+
+def _each(found: dict[str, Found], branch: str) -> Iterator[tuple[str, list[Reading | None]]]:
+    for name, one in found.items():
+        if any(reading is not None for reading in one.of(branch)):
+            yield name, one.of(branch)
+
+
+def _shares(found: dict[str, Found]) -> Record:
+    """{branch: a row a layer, mean over texts; the texts' own rows; attention by head too}."""
+    result: Record = {}
+    for branch in ("attention", "ssm"):
+        by_text = {name: readings for name, readings in _each(found, branch)}
+        if not by_text:
+            continue
+        rows = [
+            _layer_row([x for x in at if x is not None], branch)
+            for at in zip(*by_text.values(), strict=True)
+        ]
+        result[branch] = {
+            "layers": rows,
+            "mean": _mean_row([row for row in rows if row is not None]),
+            "by_text": {
+                name: [None if x is None else _row([x]) for x in readings]
+                for name, readings in by_text.items()
+            },
+        }
+    return result  # fmt: skip
+
+
+def _row(readings: list[Reading]) -> Record:
+    """Means over heads and texts, as many texts as readings."""
+    share = torch.stack([x.share.mean(0) for x in readings]).mean(0)
+    return {
+        **dict(zip(KINDS, share.tolist(), strict=True)),
+        "entropy_bits": _mean([float(x.entropy.mean()) for x in readings]),
+        "distance": _mean([float(x.distance.mean()) for x in readings]),
+    }
+
+
+def _layer_row(readings: list[Reading], branch: str) -> Record | None:
+    if not readings:
+        return None
+    row = _row(readings)
+    if branch == "attention":
+        share = torch.stack([x.share for x in readings]).mean(0)  # (H, 4)
+        entropy = torch.stack([x.entropy for x in readings]).mean(0)
+        row["heads"] = [
+            {**dict(zip(KINDS, each, strict=True)), "entropy_bits": bits}
+            for each, bits in zip(share.tolist(), entropy.tolist(), strict=True)
+        ]
+    return row
+
+
+def _mean_row(rows: list[Record]) -> Record:
+    return {key: _mean([row[key] for row in rows]) for key in rows[0] if key != "heads"}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _meta(found: dict[str, Found]) -> Record:
+    return domains({
+        name: torch.stack([x.firing.mean(1) for x in one.attention if x is not None], dim=1)
+        for name, one in found.items()
+    })  # fmt: skip
+
+
+def _fields(found: dict[str, Found]) -> Record:
+    """Equation 5 for each text, and their mean; tokens back of each layer's last token."""
+    by_text, layers = {}, {}
+    for name, one in found.items():
+        reach = [
+            {
+                branch: float(x.reach.mean())
+                for branch in ("attention", "ssm")
+                if (x := one.of(branch)[i]) is not None
+            }
+            for i in range(len(one.attention))
+        ]
+        by_text[name], layers[name] = field(reach), reach
+    kinds = next(iter(by_text.values()))
+    mean = {kind: _mean([each[kind] for each in by_text.values()]) for kind in kinds}
+    return {"mean": mean, "by_text": by_text, "reach": layers}
+
+
+def _maps(found: dict[str, Found], texts: list[Text], limits: Limits) -> Record:
+    """Weights of the first tokens of each text: {"texts": {name: {"tokens", branch: [a layer's
+    {"mean": rows, "heads": [rows] or None} or None]}}}."""
+    patterns = [x for one in found.values() for x in (*one.attention, *one.ssm) if x is not None]
+    each_head = sum(x.pattern.numel() for x in patterns) <= MAP_BYTES
+    result: Record = {}
+    for text in texts:
+        entry: Record = {"tokens": text.pieces[: min(limits.shown, len(text.ids))]}
+        for branch, readings in (
+            b
+            for b in (("attention", found[text.name].attention), ("ssm", found[text.name].ssm))
+            if any(x is not None for x in b[1])
+        ):
+            entry[branch] = [
+                None
+                if x is None
+                else {
+                    "mean": x.pattern.mean(0),
+                    "heads": list(x.pattern) if branch == "attention" and each_head else None,
+                }
+                for x in readings
+            ]
+        result[text.name] = entry
+    return {"texts": result, "heads": each_head}  # fmt: skip
