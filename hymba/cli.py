@@ -24,6 +24,7 @@ from hymba.errors import UserError
 COMMANDS = {
     "chat": ("hymba.commands.chat", "talk to a model in the terminal"),
     "demo": ("hymba.commands.demo", "train a small model on this machine and look at it"),
+    "eval": ("hymba.commands.eval", "score a model on lm-eval's tasks, beside the paper's tables"),
     "finetune": ("hymba.commands.finetune", "teach a model from chats or preferences"),
     "generate": ("hymba.commands.generate", "continue prompts, or a file of them"),
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
@@ -35,9 +36,10 @@ EXTRAS = {
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),
     **dict.fromkeys(("datasets", "pyarrow"), "data"),
     **dict.fromkeys(("trl", "peft", "accelerate"), "finetune"),
+    "lm_eval": "eval",
 }
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell counts signals
-FULL = (errno.ENOSPC, errno.EDQUOT)  # wherever it is written to, never our mistake
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # wherever it is written to, never our mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,10 +35,10 @@ LOGITS = {"cuda": 4096, "cpu": 256}  # rows of the vocabulary's width at once
 
 
 class Ask(NamedTuple):
-    """A row of tokens, of which the last `count` (1 or more) are asked for."""
+    """A row of tokens, of which the last so many (1 or more) are asked for."""
 
     tokens: Row
-    count: int
+    last: int
 
 
 class Score(NamedTuple):
@@ -214,7 +214,7 @@ class _Wanted:
             for row in self._below(node):
                 for number in self.of[row]:
                     ask = self.asks[number]
-                    begin = max(node.start, len(row) - ask.count)
+                    begin = max(node.start, len(row) - ask.last)
                     for at in range(begin, min(node.end, len(row))):
                         yield offset + at - node.start, ask.tokens[at + 1], number
             offset += node.end - node.start

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: one JSON file that says what was measured, of what, with what, and how.
+"""What an evaluation leaves: one JSON file that says what was measured, with what and how.
 
     write_result(path, {"needle": {...}}, config={...}, device=model.device)
 

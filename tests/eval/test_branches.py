@@ -25,7 +25,7 @@ def alone(model: LanguageModel, ask: Ask) -> Score:
     with torch.no_grad():
         hidden = model(row[:-1], Batch.of([len(row) - 1]))
         logprobs = model.logits(hidden).log_softmax(-1)
-    at, asked = logprobs[-ask.count :], row[-ask.count :]
+    at, asked = logprobs[-ask.last :], row[-ask.last :]
     chosen = at.gather(1, asked[:, None]).sum()
     return Score(float(chosen), bool((at.argmax(-1) == asked).all()))
 

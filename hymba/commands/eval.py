@@ -1,0 +1,125 @@
+"""`hymba eval MODEL --suite NAME | --tasks NAMES`: the options; `hymba.eval.run` does it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from hymba.commands import choose_threads, parse
+from hymba.errors import UserError
+
+if TYPE_CHECKING:
+    from hymba.eval.run import Plan
+
+EXAMPLES = (
+    "nvidia/Hymba-1.5B-Base --suite paper-base --out scores.json",
+    "runs/mine --tasks piqa arc_easy --limit 100",
+    "runs/mine --tasks questions --include-path my-tasks/ --num-fewshot 2",
+    "runs/chat --suite paper-instruct --out chat.json --log-samples",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate a model with lm-eval: a suite of the paper beside its figures, or any tasks.
+
+    Hymba models run without padding, with what questions share computed once and answers written
+    by the engine; any other causal model by lm-eval's own class. Ctrl-C keeps finished tasks in
+    --out, and the same command goes on. In several processes: torchrun --nproc-per-node 8 -m hymba
+    eval ... (or accelerate launch)."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    """A model folder or a hub id."""
+    suite: Literal["paper-base", "paper-1b", "paper-instruct"] | None = None
+    """Tasks, shots and metrics of a table of the paper."""
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval's tasks or groups, or of files in --include-path."""
+    include_path: Path | None = None
+    """A folder of task descriptions (YAML) of your own."""
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+    num_fewshot: int | None = None
+    """Examples in front of each question; without it the suite's or the task's own."""
+    apply_chat_template: bool = False
+    """Ask in the model's chat format, examples as turns (paper-instruct always does)."""
+    batch: str = "auto"
+    """Questions at a time; auto: as many as fit, counted in tokens. Scores do not depend on it."""
+    device: str | None = None
+    """cpu or cuda; without it a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the weights are made; without it they stay as they are."""
+    through_transformers: bool = False
+    """Run a Hymba model by lm-eval's own class too, for comparison."""
+    out: Path | None = None
+    """A JSON file for the results, with versions, command and settings."""
+    log_samples: bool = False
+    """Keep every question and answer, in a folder named like --out."""
+    fresh: bool = False
+    """Do tasks again that --out has already."""
+    threads: int = 0
+    """CPU threads (0: half the cores)."""
+
+    def check(self) -> None:
+        if (self.suite is None) == (not self.tasks):
+            raise UserError("say what to do: either --suite, or --tasks with one name or more")
+        for name in ("limit", "num_fewshot"):
+            value, least = getattr(self, name), 1 if name == "limit" else 0
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}, but must be {least} or more")
+        if self.batch != "auto" and not (self.batch.isdecimal() and int(self.batch) > 0):
+            raise UserError(f"batch is {self.batch!r}: give auto, or a number of 1 or more")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise UserError(f"there is no folder {self.include_path} (--include-path)")
+        if self.log_samples and self.out is None:
+            raise UserError("--log-samples needs --out, which says where")
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(Options, argv, "eval", EXAMPLES)
+    options.check()
+    _hush()
+    choose_threads(options.threads)
+    from hymba.eval.run import run
+
+    return run(plan_of(options))
+
+
+def plan_of(options: Options) -> Plan:
+    from hymba.eval.run import Plan
+    from hymba.eval.suites import SUITES, Entry
+
+    suite = None if options.suite is None else SUITES[options.suite]
+    # "piqa,arc_easy" is how lm-eval's own command has it.
+    names = dict.fromkeys(name for word in options.tasks for name in word.split(",") if name)
+    tasks = suite.tasks if suite else tuple(Entry(name, name, None, "") for name in names)
+    return Plan(
+        model=options.model,
+        tasks=tasks,
+        suite=options.suite,
+        include_path=options.include_path,
+        limit=options.limit,
+        shots=options.num_fewshot,
+        chat=options.apply_chat_template or bool(suite and suite.chat),
+        batch=None if options.batch == "auto" else int(options.batch),
+        device=options.device,
+        dtype=options.dtype,
+        out=options.out,
+        log_samples=options.log_samples,
+        fresh=options.fresh,
+        through_transformers=options.through_transformers,
+    )
+
+
+def _hush() -> None:
+    """Libraries' bars belong to a terminal, and their hints to nobody who asked for scores."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,213 @@
+"""`hymba eval`: a model through tasks of lm-eval, one after another, each kept when it is done.
+
+code = run(Plan("runs/mine", tasks=(Entry("piqa", "piqa", None, ""),), out=Path("scores.json")))
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hymba.eval import tables
+from hymba.eval.harness import EvalError, OurLM, Shelf, evaluate, peer_lm
+from hymba.eval.results import Finished, fingerprint, head, versions, weights_of
+from hymba.eval.suites import SUITES, Entry
+from hymba.hub import find
+from hymba.train.parallel import World, join
+from hymba.weights import load
+
+PEER_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*")
+# Settings that change what is kept or how fast, but not what comes out of it.
+FREE = ("out", "log_samples", "batch", "device", "fresh", "tasks", "suite", "model", "include_path")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for."""
+
+    model: str
+    tasks: tuple[Entry, ...]
+    suite: str | None = None
+    include_path: Path | None = None
+    limit: int | None = None
+    shots: int | None = None
+    chat: bool = False
+    batch: int | None = None  # None: as many as fit
+    device: str | None = None
+    dtype: str | None = None
+    out: Path | None = None
+    log_samples: bool = False
+    fresh: bool = False
+    through_transformers: bool = False
+    gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def shots_of(self, entry: Entry) -> int | None:
+        return entry.shots if self.shots is None else self.shots
+
+
+def run(plan: Plan) -> int:
+    """Evaluate, or read what is done already; a table on standard output. The exit code."""
+    with join(plan.device) as (world, device):
+        if plan.out is not None and plan.out.is_dir():
+            raise EvalError(f"{plan.out} is a folder: --out names a JSON file")
+        folder = _folder(plan.model)
+        # Before the model, which may take long: names, and data that is not to be had.
+        shelf = Shelf.of([entry.task for entry in plan.tasks], plan.include_path)
+        finished = Finished(plan.out, head(_config(plan), device, "lm-eval"), plan.fresh)
+        model = _Model(plan, folder, world, device)
+        try:
+            for entry in plan.tasks:
+                _one(plan, entry, shelf, finished, model)
+        except KeyboardInterrupt:
+            if world.first and plan.out is not None:
+                say(f"stopped: {len(finished.tasks)} of {len(plan.tasks)} tasks are in {plan.out},")
+                say("the same command goes on from there")
+            raise
+        if world.first:
+            _tell(plan, finished)
+    return 0
+
+
+def _one(plan: Plan, entry: Entry, shelf: Shelf, finished: Finished, model: _Model) -> None:
+    key = _key(plan, entry)
+    if key in finished.tasks:  # two columns of a table may be of one task
+        return
+    shelf.load(entry.task)
+    mark = _mark(plan, entry, shelf, model.folder)
+    found = finished.look(key, mark)
+    if found is not None and _samples_are_there(plan, key):
+        finished.add(key, found)
+        model.say(f"{key}: done already, taken from {plan.out} (--fresh would do it again)")
+        return
+    if finished.other(key, mark):
+        model.say(f"{key}: {plan.out} has it with other settings, it is done again")
+    began = time.monotonic()
+    model.say(f"{key} ...")
+    shots = plan.shots_of(entry)
+    result = evaluate(
+        model.lm, shelf, entry.task, shots, plan.limit, plan.chat, plan.gen_kwargs or None
+    )
+    if result is None:  # another process has it
+        return
+    seconds = time.monotonic() - began
+    kept = tables.summary(result, entry.task) | {"fingerprint": mark, "seconds": round(seconds, 2)}
+    if plan.log_samples:
+        kept["samples_in"] = _write_samples(plan, key, result)
+    finished.add(key, kept)
+    if kept["cut"]:
+        model.say(
+            f"{key}: {kept['cut']} prompts are longer than the model's context, their beginnings"
+            " were left out"
+        )
+
+
+class _Model:
+    """The model, loaded when a task needs it: never, where all are done already."""
+
+    def __init__(self, plan: Plan, folder: Path, world: World, device: torch.device) -> None:
+        self.plan, self.folder, self.world, self.device = plan, folder, world, device
+        self._lm: Any = None
+        if not _has_tokenizer(folder):
+            raise EvalError(f"{folder} has no tokenizer: tasks are of text, and need one")
+
+    @property
+    def lm(self) -> Any:
+        if self._lm is None:
+            plan = self.plan
+            if kind_of(self.folder) == "hymba" and not plan.through_transformers:
+                model = load(self.folder, self.device, plan.dtype)
+                self._lm = OurLM(model, self.folder, self.world, plan.batch, sys.stderr.isatty())
+            else:
+                self._lm = peer_lm(self.folder, str(self.device), plan.dtype, plan.batch)
+        return self._lm
+
+    def say(self, line: str) -> None:
+        if self.world.first:
+            say(line)
+
+
+def kind_of(folder: Path) -> str:
+    """The model_type of config.json; EvalError where there is none."""
+    file = folder / "config.json"
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+    except FileNotFoundError:
+        raise EvalError(f"{folder} has no config.json: it is no model folder") from None
+    except (ValueError, KeyError, TypeError):
+        raise EvalError(f"{file} names no model_type: it is no model's config") from None
+
+
+def say(line: str) -> None:
+    print(f"hymba: {line}", file=sys.stderr, flush=True)
+
+
+def _folder(model: str) -> Path:
+    folder = find(model, PEER_FILES)
+    kind_of(folder)
+    return folder
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return any((folder / name).is_file() for name in names)
+
+
+def _key(plan: Plan, entry: Entry) -> str:
+    """A task under its own name; with shots, where those are not its own."""
+    shots = plan.shots_of(entry)
+    return entry.task if shots is None else f"{entry.task}@{shots}"
+
+
+def _mark(plan: Plan, entry: Entry, shelf: Shelf, folder: Path) -> str:
+    """Equal where the result must be: the model, the task, its data's files, what computes."""
+    used = versions()
+    which = {name: used.get(name) for name in ("hymba", "lm_eval")}
+    free = {name: value for name, value in asdict(plan).items() if name not in FREE}
+    free["shots"] = plan.shots_of(entry)
+    return fingerprint(weights_of(folder), shelf.describe(entry.task), free, which)
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    return asdict(plan) | {"tasks": [entry.task for entry in plan.tasks]}
+
+
+def _samples_path(plan: Plan, key: str) -> Path:
+    assert plan.out is not None
+    return plan.out.with_suffix("") / f"{key}.jsonl"
+
+
+def _samples_are_there(plan: Plan, key: str) -> bool:
+    return not plan.log_samples or _samples_path(plan, key).is_file()
+
+
+def _write_samples(plan: Plan, key: str, result: Mapping[str, Any]) -> str:
+    """A line for each question: what was asked, what the model said, what it scored."""
+    path = _samples_path(plan, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = [x for some in result.get("samples", {}).values() for x in some]
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
+    unfinished.replace(path)
+    return str(path)
+
+
+def _tell(plan: Plan, finished: Finished) -> None:
+    rows = {entry: finished.tasks[_key(plan, entry)] for entry in plan.tasks}
+    if plan.suite is None:
+        print(tables.plain(list(finished.tasks.items())))
+    else:
+        suite = SUITES[plan.suite]
+        figures = {entry: tables.figure(entry, found) for entry, found in rows.items()}
+        print(tables.beside_the_paper(plan.model, suite, figures, plan.limit))
+        finished.write({"suite": tables.suite_json(plan.suite, suite, figures)})
+    if plan.out is not None:
+        say(f"written to {plan.out}")
