@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": ("hymba.commands.generate", "continue prompts, or a file of them"),
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
     "lab": ("hymba.commands.lab", "compare architectures of one size: language, recall, cost"),
+    "probe": ("hymba.commands.probe", "what a model's heads do, as a page of figures"),
     "serve": ("hymba.commands.serve", "an OpenAI-style server with a chat page"),
     "train": ("hymba.commands.train", "train a model as a recipe says"),
 }

@@ -1,8 +1,8 @@
 """The paper's statements about the heads (arXiv 2411.13676), each beside what this model shows.
 
-The paper speaks of models of 300 million parameters and more, trained on 100 billion tokens; whether
-a small one agrees is a fact about that one. A rule decides, nobody's eye: True, False, or None
-where the model lacks what the statement is about.
+The paper speaks of models of 300 million parameters and more, trained on 100 billion tokens;
+whether a small one agrees is a fact about that one. A rule decides, nobody's eye: True, False, or
+None where the model lacks what the statement is about.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def _specialised(result: Record) -> Finding:
     within = list(meta["distance_within_text"].values())
     a, b = sum(between) / len(between), sum(within) / len(within)
     here = (
-        f"texts are {a:.4f} bits apart in which meta tokens they use (Jensen-Shannon), the two"
-        f" halves of one text {b:.4f}"
+        f"halves of two texts are {a:.4f} bits apart in which meta tokens they use"
+        f" (Jensen-Shannon), the two halves of one text {b:.4f}"
     )
     return Finding(said, here, a > b)
 

@@ -43,7 +43,6 @@ from hymba.eval.probe.attention import Rows
 from hymba.eval.probe.walk import Seen
 from hymba.ops import Segments
 
-
 LESS = 8  # strips are so many times smaller than attention's: several are made, none looks ahead
 
 

@@ -3,7 +3,8 @@
 A meta token's firing in a text is the mean weight it gets, over heads, layers and rows; its share
 is that over the sum of all meta tokens'. Two texts differ by the Jensen-Shannon distance of their
 shares, in bits: 0 the same, 1 no meta token in common. Beside it stands what chance and place alone
-do: the distance between the two halves of one text.
+do, the distance between the two halves of one text; so that the two compare, texts are compared
+half by half as well, first with first and second with second.
 """
 
 from __future__ import annotations
@@ -34,11 +35,16 @@ def domains(firing: dict[str, Tensor]) -> dict[str, Any]:
         "top": {name: row.topk(min(TOP, len(row))).indices.tolist() for name, row in zip(
             names, lift, strict=True)},
         "distance_between_texts": [
-            {"texts": [names[a], names[b]], "bits": divergence(shares[a], shares[b])}
+            {"texts": [names[a], names[b]], "bits": _apart(halves[names[a]], halves[names[b]])}
             for a, b in pairs
         ],
         "distance_within_text": {name: divergence(*x) for name, x in halves.items()},
     }  # fmt: skip
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """a, b (2, M): mean over the halves."""
+    return sum(divergence(p, q) for p, q in zip(a, b, strict=True)) / len(a)
 
 
 def divergence(p: Tensor, q: Tensor) -> float:

@@ -6,13 +6,20 @@ model, one layer's rows and a strip of one attention matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import platform
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import hymba
+from hymba import hub
 from hymba.config import Config
 from hymba.eval.probe.attention import attention_rows
 from hymba.eval.probe.field import field
@@ -23,8 +30,12 @@ from hymba.eval.probe.meta import domains
 from hymba.eval.probe.share import KINDS, Reading, read
 from hymba.eval.probe.sharing import KeysValues
 from hymba.eval.probe.texts import Text
+from hymba.eval.probe.texts import read as read_texts
 from hymba.eval.probe.walk import Seen, start, walk
+from hymba.model import accounting
 from hymba.model.decoder import LanguageModel
+from hymba.tokenizer import Tokenizer
+from hymba.weights import load
 
 MAP_BYTES = 6 << 20  # of all maps in a page; single heads are left out of it where they are more
 Record = dict[str, Any]
@@ -65,6 +76,57 @@ def steps(config: Config, texts: int, limits: Limits) -> int:
     """How often `tick` is called."""
     walks = texts * (2 if config.meta_tokens else 1)
     return walks * config.num_layers + len(parts_of(config, limits))
+
+
+def probe(
+    name: str,
+    files: Sequence[str],
+    limits: Limits,
+    device: str | None,
+    command: Sequence[str],
+    begin: Callable[[int], Tick] = lambda steps: lambda what: None,
+) -> tuple[Record, Record]:
+    """Load a model and texts, measure, and say how it was done: -> (probe.json, maps)."""
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = hub.find(name)
+    tokenizer = Tokenizer.from_folder(folder)
+    model = load(folder, target, "float32")
+    config = model.config
+    limits = dataclasses.replace(limits, tokens=min(limits.tokens, config.max_positions))
+    texts = read_texts(files, tokenizer, limits.tokens)
+    started = time.perf_counter()
+    found, maps = measure(model, texts, limits, begin(steps(config, len(texts), limits)))
+    looked = min(limits.channels, config.inner_size)
+    about = {
+        "model": name,
+        "command": shlex.join(["hymba", *command]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "hymba": hymba.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(target) if model.device.type == "cuda" else "cpu",
+        "seconds": round(time.perf_counter() - started, 1),
+        "parameters": accounting.parameters(config)["total"],
+        "meta_tokens": config.meta_tokens,
+        "windows": [layer.window for layer in config.layers],
+        "config": config.to_dict(),
+        "limits": dataclasses.asdict(limits),
+        "channels": f"{looked} of {config.inner_size}, evenly spread"
+        if any(layer.ssm for layer in config.layers)
+        else "none",
+        "texts": [
+            {
+                "name": text.name,
+                "tokens": len(text.ids),
+                "whole": text.whole,
+                "note": "" if text.whole else ", its beginning",
+            }
+            for text in texts
+        ],
+    }
+    return about | found, maps
 
 
 def measure(
