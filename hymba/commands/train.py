@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -143,10 +144,8 @@ def _run(config: TrainConfig, device: str | None, command: list[str]) -> int:
             say(line)
         model = _build(config, data.tokenizer)
         say(f"{_words(model.config)}, {config.tokens:,} tokens a step, {own.type}")
-        if world.first:
-            _write_settings(config, command)
         trainer = Trainer(model.to(own), config, data.rows, data.held_out, say, world)
-        result = trainer.run()
+        result = trainer.run(lambda: _write_settings(config, command))
         if result.stopped:
             return 130
         whole = gathered(trainer.model, world)
@@ -195,6 +194,11 @@ def _build(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
                 f"{config.start_from} has learnt another tokenizer's tokens than the data's:"
                 f" --data.tokenizer {config.start_from}"
             )
+        if config.extension.share and model.config.rope_type == "ntk":
+            raise UserError(
+                f"{config.start_from} has the rotary base of longer rows already: --extension.share"
+                " 0, and --sequence-length as long as you like"
+            )
         return model.train()
     if config.model is None:
         raise UserError("the recipe names no model: --model PRESET, or a folder with a config.json")
@@ -225,7 +229,9 @@ def _write_settings(config: TrainConfig, command: list[str]) -> None:
     }
     config.folder.mkdir(parents=True, exist_ok=True)
     settings = {"command": ["hymba", *command], "versions": versions, "settings": as_json(config)}
-    (config.folder / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
+    unfinished = config.folder / "run.json.unfinished"
+    unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(unfinished, config.folder / "run.json")
 
 
 def _finish(model: LanguageModel, folder: Path, tokenizer: Tokenizer, bits: float | None) -> None:

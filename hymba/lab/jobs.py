@@ -20,7 +20,6 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,15 +29,11 @@ from hymba import __version__
 from hymba.lab.sizes import LabError, Size, named, size_named
 from hymba.lab.variants import BASE, Variant, chosen
 from hymba.model.accounting import parameters
+from hymba.train.claim import claimed
 
 if TYPE_CHECKING:
     from hymba.lab.training import Device, Trained
     from hymba.train.data import Data
-
-try:
-    import fcntl
-except ImportError:  # Windows: there one command at a time must run
-    fcntl = None  # type: ignore[assignment]
 
 PARTS = ("cost", "language", "recall")
 TASKS = ("mqar", "phonebook", "needle", "copy", "induction")
@@ -297,21 +292,6 @@ class Lab:
             for line in self._data[size.name].facts:
                 self.say(f"   {line}")
         return self._data[size.name]
-
-
-@contextmanager
-def claimed(place: Path) -> Iterator[bool]:
-    """Whether a run is this process's to make, while the block lasts; a process that ends, however
-    it ends, gives it back."""
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / "lock", "a") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def teller(say: Callable[[str], None], every: float = 10.0) -> Callable[..., None]:

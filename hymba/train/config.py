@@ -194,6 +194,8 @@ class TrainConfig:
         for name in ("held_out_every", "save_every", "z_loss"):
             if not getattr(self, name) >= 0:
                 raise TrainError(f"{name} is {getattr(self, name)}, but must be 0 or more")
+        if self.minutes is not None and not self.minutes >= 0:
+            raise TrainError(f"minutes is {self.minutes}, but must be 0 or more")
         if self.precision not in ("float32", "bfloat16"):
             raise TrainError(f"precision {self.precision!r} is unknown: use float32 or bfloat16")
         if self.resume not in ("auto", "never"):

@@ -56,9 +56,12 @@ def read(path: str | Path) -> list[Record]:
     records = []
     for line in path.read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
 
 
@@ -116,7 +119,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second that a large matrix product reaches on this device now: what MFU is a share
     of. Takes some tenths of a second."""
     size = 8192 if device.type == "cuda" else 512
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in "ab")
+    # Not all ones: a GPU's clock rises where few bits change.
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
     best = math.inf
     for _ in range(8):
         began = _now(device)

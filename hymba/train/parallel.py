@@ -159,7 +159,10 @@ def gathered(model: LanguageModel, world: World) -> LanguageModel | None:
     weights = get_model_state_dict(model, options=options)
     if not world.first:
         return None
-    whole = LanguageModel(model.config)
-    whole.load_state_dict(weights, strict=False)  # a tied head is named once
+    with torch.device("meta"):  # what was gathered becomes the weights, held once
+        whole = LanguageModel(model.config)
+    whole.load_state_dict(weights, strict=False, assign=True)
+    if model.config.tie_embeddings:
+        whole.lm_head.weight = whole.decoder.embed_tokens.weight
     whole.folder = model.folder
     return whole

@@ -73,6 +73,14 @@ class Checkpoints:
         """The newest whole checkpoint, if there is one."""
         return max(self.all(), key=step_of, default=None)
 
+    def agreed(self) -> Path | None:
+        """What the first process finds the newest, told to all: a shared disk may show it to some
+        of them later."""
+        names = [place.name if (place := self.latest()) else None]
+        if self.world.joined:
+            dist.broadcast_object_list(names, src=0, group=self._group)
+        return self.folder / names[0] if names[0] else None
+
     def save(
         self,
         step: int,
@@ -142,6 +150,8 @@ class Checkpoints:
         """The `state` that a checkpoint was saved with, and its step."""
         with _errors_in_one_line(_not_resumed(place)):
             found: dict[str, Any] = json.loads((place / "state.json").read_text())
+            if "step" not in found:
+                raise ValueError("state.json names no step")
         return found
 
     def load(self, place: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

@@ -31,6 +31,7 @@ from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
 from hymba.model.layers import MLP
 from hymba.train import metrics
+from hymba.train.claim import claimed
 from hymba.train.config import TrainConfig, TrainError
 from hymba.train.optim import clip, normalize_weights, optimizers, set_lr
 from hymba.train.parallel import World, spread
@@ -96,14 +97,24 @@ class Trainer:
 
     # ---- the run
 
-    def run(self) -> Result:
+    def run(self, begin: Callable[[], None] = lambda: None) -> Result:
         """Train until config.steps are done or a signal (Ctrl-C, SIGTERM) comes.
 
         A signal lets the step finish and be saved, as config.minutes does; a second Ctrl-C stops at
-        once. TrainError if gradients stay non-finite for config.most_skips steps.
+        once. The first process calls `begin` when nothing stands against the run. TrainError where
+        something does: another run in the folder, going on or of other settings; and if gradients
+        stay non-finite for config.most_skips steps.
         """
         self._began = time.monotonic()
-        self._resume()
+        with claimed(self.config.folder) if self.world.first else nullcontext(True) as ours:
+            if not ours:
+                raise TrainError(f"another run is going on in {self.config.folder}: name another")
+            self._resume()
+            if self.world.first:
+                begin()
+            return self._run()
+
+    def _run(self) -> Result:
         watchers = self._watchers()
         record: metrics.Record = {}
         try:
@@ -115,7 +126,7 @@ class Trainer:
                     self._record(watchers, record)
                     self._stop_if_lost()
                     self.checkpoints.check()
-                    if self._due(self.config.save_every):
+                    if self._due(self.config.save_every) and not self.skipped_in_a_row:
                         self._save(wait=False)
                 saved = self._saved()
         finally:
@@ -148,10 +159,10 @@ class Trainer:
         return bool(self.world.sum(torch.tensor(float(stop))))
 
     def _resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
         if self.world.first:
             self.checkpoints.clean()
-        self.world.wait()
-        latest = self.checkpoints.latest()
+        latest = self.checkpoints.agreed()
         if latest is None:
             if self.config.optimizer.normalize:
                 normalize_weights(self.model)
@@ -209,8 +220,7 @@ class Trainer:
     def _saved(self) -> Path:
         """The checkpoint of this very step, written now if it is not there."""
         self.checkpoints.finish()
-        latest = self.checkpoints.latest()
-        self.world.wait()  # all have looked before one writes
+        latest = self.checkpoints.agreed()
         return latest if latest and step_of(latest) == self.step else self._save()
 
     def _due(self, every: int) -> bool:
@@ -366,14 +376,15 @@ class Trainer:
     def _stop_if_lost(self) -> None:
         if self.skipped_in_a_row < self.config.most_skips:
             return
-        # The skipped steps moved no weight, so what is saved here is the state before them.
+        # Not saved: weights that give such gradients may be why, and would push out better ones.
         try:
-            place = self._save()
+            place = self.checkpoints.agreed() or self._save()
         except CheckpointError:
-            place = self.checkpoints.latest() or Path("none")
+            place = None
+        kept = f"go on from {place}; if that fails too, delete it" if place else "start again"
         raise TrainError(
             f"gradients were not finite in {self.skipped_in_a_row} steps in a row up to step "
-            f"{self.step}; last good checkpoint: {place}; lower the learning rate and go on"
+            f"{self.step}: lower the learning rate and {kept}"
         )
 
 

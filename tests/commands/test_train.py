@@ -86,6 +86,7 @@ def test_the_same_command_goes_on(train: Callable[..., tuple[int, str, str]]) ->
     assert code == 0 and "going on after step 6" in out and "step 6/6" not in out
     code, _, err = train(SMALL, "--seed", "9")
     assert code == 2 and "seed" in err and err.count("\n") == 1
+    assert json.loads(Path("run/run.json").read_text())["settings"]["seed"] == 0
 
 
 def test_weights_to_start_from(train: Callable[..., tuple[int, str, str]]) -> None:

@@ -192,12 +192,39 @@ def test_a_run_of_bad_steps_stops_with_a_good_checkpoint(
     model = new_model()
     poison(model, set(range(6, 99)))
     run = config(tmp_path, most_skips=3, steps=20)
-    with pytest.raises(TrainError, match=r"3 steps in a row up to step 8.*step_000008"):
-        Trainer(model, run, store, None, silent).run()
+    with pytest.raises(TrainError, match=r"3 steps in a row up to step 8.*step_000004"):
+        Trainer(model, run, store, None, silent).run()  # step 8 was due, but not a good one
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["step_000004"]
     mended = Trainer(new_model(), run, store, None, silent)
     assert mended.run().step == 20  # a healthy model goes on from there
-    assert mended.skipped == 3
+    assert mended.skipped == 0
     assert all(torch.isfinite(p).all() for p in mended.model.parameters())
+
+
+def test_bad_steps_before_any_checkpoint_leave_one(
+    new_model: NewModel, store: TokenStore, tmp_path: Path
+) -> None:
+    """The skipped steps moved no weight: what is saved is the state before them."""
+    model = new_model()
+    poison(model, set(range(3, 99)))
+    run = config(tmp_path, most_skips=3, save_every=0)
+    with pytest.raises(TrainError, match=r"up to step 5.*step_000005"):
+        Trainer(model, run, store, None, silent).run()
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(
+    new_model: NewModel, store: TokenStore, tmp_path: Path
+) -> None:
+    """It would delete what the first is writing."""
+    first = Trainer(new_model(), config(tmp_path), store, None, silent)
+
+    def say(line: str) -> None:
+        if line.startswith("step  4/"):
+            with pytest.raises(TrainError, match="another run is going on in"):
+                Trainer(new_model(), config(tmp_path), store, None, silent).run()
+
+    first.say = say
+    assert first.run().step == 12 and len(losses(tmp_path)) == 12
 
 
 # ---- going on
