@@ -169,7 +169,10 @@ class Theirs(_Batched):
         goals = torch.zeros_like(ids)
         for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
             end = len(row) - 1
-            ids[i, :end], mask[i, :end] = torch.tensor(row[:-1]), 1
+            ids[i, :end], mask[i, : max(1, end)] = (
+                torch.tensor(row[:-1]),
+                1,
+            )  # all padding is no row
             goals[i, :end], asked[i, end - tail : end] = torch.tensor(row[1:]), True
         columns = asked.any(0).nonzero().flatten()  # (C,)
         logits = self.peer.logits(ids.to(device), mask.to(device), columns.to(device))  # (B, C, V)
