@@ -39,6 +39,7 @@ def mask(first: int, end: int, total: int, window: int | None, meta: int) -> Ten
     return seen | ((place < meta) & (place <= place[first:end, None]))
 
 
+@torch.no_grad()
 def attention_rows(seen: Seen, meta: int) -> Iterator[Rows]:
     """The weights (H, T, R) of one layer, strip by strip, in float32 or wider."""
     assert seen.q is not None and seen.k is not None

@@ -57,6 +57,7 @@ class Recurrence(NamedTuple):
     D: Tensor  # (E)
 
 
+@torch.no_grad()
 def recurrence(seen: Seen) -> Recurrence:
     """Read with the layer's own modules; one text, so that its rows are one sequence."""
     ssm = seen.mixer.ssm

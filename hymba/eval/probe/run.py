@@ -190,7 +190,6 @@ def _look(
     return found
 
 
-@torch.no_grad()
 def _readings(
     seen: Seen, meta: int, shown: int, chosen: Tensor
 ) -> tuple[Reading | None, Reading | None]:

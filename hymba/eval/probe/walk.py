@@ -80,8 +80,7 @@ def walk(model: LanguageModel, texts: Sequence[Sequence[int]], meta: bool = True
     x, road = start(model, texts, meta)
     lefts: list[Left] = []
     for index in range(model.config.num_layers):
-        with torch.no_grad():  # a generator's own `no_grad` ends where it hands out a layer
-            seen, left = through(model, index, x, road, lefts)
+        seen, left = through(model, index, x, road, lefts)
         lefts.append(left)
         x = seen.x
         yield seen

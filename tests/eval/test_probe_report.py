@@ -1,0 +1,256 @@
+"""Reports of every plan: whole, finite, readable, and safe whatever a text or a name says."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hymba.errors import UserError
+from hymba.eval.probe import draw, report
+from hymba.eval.probe import run as running
+from hymba.eval.probe.figures import figures, left_out
+from hymba.eval.probe.findings import findings
+from hymba.eval.probe.run import Limits, measure, steps
+from hymba.eval.probe.texts import Text
+from tests.plans import plans
+
+ABOUT = {
+    "model": "tiny</script><b>", "parameters": 1, "meta_tokens": 0, "date": "now", "device": "cpu",
+    "command": "hymba probe", "versions": {"hymba": "0"}, "windows": [], "channels": "8 of 64",
+    "texts": [{"name": "a", "tokens": 20, "note": ""}],
+}  # fmt: skip
+HOSTILE = '</script><img src=x onerror="alert(1)">'
+SMALL = Limits(tokens=20, channels=8, shown=9)
+
+
+@pytest.fixture
+def texts(text: Callable[..., Tensor]) -> list[Text]:
+    return [
+        Text(name, text(20, seed=i).tolist(), [HOSTILE] * 20, True) for i, name in enumerate("ab")
+    ]
+
+
+def looked(model: Any, texts: list[Text], limits: Limits = SMALL) -> tuple[Any, Any]:
+    result, maps = measure(model, texts, limits)
+    about = {"meta_tokens": model.config.meta_tokens}
+    about |= {"windows": [x.window for x in model.config.layers]}
+    return ABOUT | about | result, maps
+
+
+def numbers(x: Any) -> Iterator[float]:
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, list):
+        for each in x:
+            yield from numbers(each)
+    elif isinstance(x, (int, float)) and not isinstance(x, bool):
+        yield float(x)
+
+
+class Page(HTMLParser):
+    """Elements of a page, and what a reader is not told."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.mark.parametrize("plan", list(plans()))
+def test_a_report_of_every_plan(
+    plan: str, lively: Any, tiny: Any, texts: list[Text], tmp_path: Path
+) -> None:
+    model = lively(tiny(plan))
+    result, maps = looked(model, texts)
+    files = report.write(tmp_path / "out", result, maps)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(files)
+    assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+    written = json.loads((tmp_path / "out/probe.json").read_text())
+    found = list(numbers(written))
+    assert len(found) > 100 and all(map(math.isfinite, found))
+    check_page((tmp_path / "out/index.html").read_text(), [x for x in files if x.endswith(".svg")])
+    for name in files:
+        if name.endswith(".svg"):
+            picture = ET.parse(tmp_path / "out" / name).getroot()
+            assert len(picture.attrib["aria-label"]) > 20 and picture.attrib["role"] == "img"
+    check_says(model.config, written)
+
+
+def check_page(page: str, pictures: list[str]) -> None:
+    parsed = Page(page)
+    assert "{{" not in page and "tiny</script>" not in page
+    assert not parsed.all("img") and not parsed.all("b")
+    assert all(svg.get("aria-label") for svg in parsed.all("svg"))
+    assert len(parsed.all("svg")) == len(parsed.all("figcaption")) == len(pictures)
+    labels = {label["for"] for label in parsed.all("label")}
+    for control in (*parsed.all("select"), *parsed.all("input")):
+        assert control["id"] in labels
+    ids = [x["id"] for _, x in parsed.found if "id" in x]
+    assert len(ids) == len(set(ids))
+    assert not re.search(r"(?:src|href)=\"(?!#|data:)", page), "the page asks for something"
+    assert len(parsed.all("script")) == 2
+
+
+def check_says(config: Any, result: Any) -> None:
+    """What does not apply is said, and what applies is there."""
+    said = " ".join(result["left_out"])
+    assert ("no meta tokens" in said) == (config.meta_tokens == 0)
+    assert ("No layer has an SSM" in said) == ("ssm" not in result["shares"])
+    assert ("No layer has attention" in said) == ("attention" not in result["shares"])
+    assert (result["kv"] is None) == (len(config.kv_owners) < 2)
+    assert (result["meta"] is None) == (
+        config.meta_tokens == 0 or "attention" not in result["shares"]
+    )
+    for rows in (result["shares"], result["shares_without_meta"] or {}):
+        for branch in rows.values():
+            for row in filter(None, branch["layers"]):
+                total = sum(row[kind] for kind in ("meta", "first", "self", "cross"))
+                assert total == pytest.approx(1, abs=1e-4)
+
+
+def test_ticks_are_as_many_as_was_said(lively: Any, tiny: Any, texts: list[Text]) -> None:
+    for plan, heads in (("hymba", None), ("hymba", False), ("mamba", True)):
+        ticks: list[str] = []
+        limits = Limits(tokens=20, channels=4, shown=5, heads=heads)
+        result, _ = measure(lively(tiny(plan)), texts, limits, ticks.append)
+        assert len(ticks) == steps(tiny(plan), len(texts), limits)
+        said = "Single heads were not taken away" in " ".join(left_out(result))
+        assert said == (heads is False)
+
+
+def test_heads_leave_the_maps_where_they_are_many(
+    lively: Any, tiny: Any, texts: list[Text], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lively(tiny("hymba"))
+    _, maps = measure(model, texts, SMALL)
+    assert maps["heads"] and len(maps["texts"]["a"]["attention"][0]["heads"]) == 4
+    monkeypatch.setattr(running, "MAP_BYTES", 100)
+    _, maps = measure(model, texts, SMALL)
+    assert not maps["heads"] and maps["texts"]["a"]["attention"][0]["heads"] is None
+    assert maps["texts"]["a"]["attention"][0]["mean"].shape == (9, 12)
+
+
+def test_maps_in_json_are_the_weights(lively: Any, tiny: Any, texts: list[Text]) -> None:
+    _, maps = measure(lively(tiny("hymba")), texts, SMALL)
+    mean = maps["texts"]["a"]["attention"][2]["mean"]
+    rows = report.plain(maps)["texts"]["a"]["attention"][2]["mean"]
+    assert [len(row) for row in rows] == list(range(4, 13))  # 3 meta tokens, and up to itself
+    for i, row in enumerate(rows):
+        assert row == pytest.approx(mean[i, : 4 + i].tolist(), abs=6e-5)
+        assert not mean[i, 4 + i :].any()
+
+
+def test_an_interruption_leaves_the_old_report(
+    lively: Any, tiny: Any, texts: list[Text], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    report.write(out, *looked(lively(tiny("hymba")), texts))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    result, maps = looked(lively(tiny("mamba")), texts)
+    monkeypatch.setattr(report, "plain", lambda maps: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        report.write(out, result, maps)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.undo()
+    files = report.write(out, result, maps)
+    assert {path.name for path in out.iterdir()} == set(files), "figures of the old model stay"
+
+
+def test_where_a_report_cannot_go(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    for name, said in (("file", "is a file"), ("mine", "no report"), ("file/out", "is a file")):
+        with pytest.raises(UserError, match=said):
+            report.check_folder(tmp_path / name)
+    report.check_folder(tmp_path / "new/deep")
+    assert not (tmp_path / "new").exists()
+
+
+def test_findings_are_rules() -> None:
+    """Made-up numbers that say the opposite turn every verdict round."""
+
+    def row(first: float, own: float, bits: float) -> dict[str, float]:
+        return {"meta": 0.3, "first": first, "self": own, "cross": 0.7 - first - own,
+                "entropy_bits": bits}  # fmt: skip
+
+    def side(a: dict[str, float], s: dict[str, float]) -> Any:
+        return {name: {"layers": [x], "mean": x} for name, x in (("attention", a), ("ssm", s))}
+
+    def part(layer: int, branch: str, change: float) -> dict[str, Any]:
+        return {"layer": layer, "branch": branch, "head": None, "change": change}
+
+    def made(good: bool) -> Any:
+        low, high = (1, 2) if good else (2, 1)
+        return {
+            "shares": side(row(0.01 * low, 0.1 * low, low), row(0.01, 0.1 * high, low)),
+            "shares_without_meta": side(row(0.01 * high, 0.1, high), row(0.02, 0.1, high)),
+            "meta": {
+                "texts": ["a", "b"],
+                "distance_between_texts": [{"texts": ["a", "b"], "bits": high}],
+                "distance_within_text": {"a": low, "b": low},
+            },
+            "magnitudes": [{"attention": {"before": low}, "ssm": {"before": high}}],
+            "importance": {
+                "loss": 3.0,
+                "parts": [part(0, "ssm", high), part(0, "attention", low)],
+            },
+            "field": {"mean": {"both": 3.0}},
+        }
+
+    agrees = [found.agrees for found in findings(made(True))]
+    assert agrees == [True] * 8 + [None]
+    assert [found.agrees for found in findings(made(False))] == [False] * 8 + [None]
+
+
+def test_drawings_are_well_formed_whatever_is_drawn() -> None:
+    labels = ["0", "1", "2"]
+    for values in ([0.0, 0.0, 0.0], [None, 1.0, None], [-1.0, 2.0, 1e-9], [1e6, 2.0, 3.0]):
+        series: draw.Series = {"a < b & c": values, "d": [0.1, 0.2, 0.3]}
+        panels = [
+            draw.bars("t", labels, series),
+            draw.lines("t", labels, series),
+            draw.stacked("t", labels, {"x": [0.5] * 3, "y": [0.5, None, 0.2]}),
+            draw.heat("t", ["r<"], labels, [values], "c", signed=True, numbers=True),
+        ]
+        picture = ET.fromstring(draw.svg(panels, 'says "more" & more'))
+        assert picture.attrib["aria-label"] == 'says "more" & more'
+        for element in picture.iter():
+            for name in ("x", "y", "width", "height", "cx", "cy"):
+                assert math.isfinite(float(element.attrib.get(name, 0)))
+            assert float(element.attrib.get("height", 0)) >= 0
+
+
+def test_bars_are_as_high_as_their_numbers() -> None:
+    picture = ET.fromstring(draw.svg([draw.bars("t", ["0", "1"], {"a": [1.0, 3.0]})], "x"))
+    high = [
+        float(x.attrib["height"])
+        for x in picture.iter()
+        if x.tag.endswith("rect") and len(x)  # a bar has a title, the legend's square has none
+    ]
+    assert high[1] == pytest.approx(3 * high[0], abs=0.2)
+
+
+def test_a_probe_leaves_the_model_as_it_was(lively: Any, tiny: Any, texts: list[Text]) -> None:
+    model = lively(tiny("hymba"))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    result, _ = looked(model, texts)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert len(list(figures(result))) == 9
