@@ -81,7 +81,7 @@ def test_a_row_is_scored_as_it_is_alone(kind: str, subject: Callable[[str], Any]
             want, goals = alone(one, row), torch.tensor(row[1:])
             own = want.gather(1, goals[:, None])
             assert (found.logprobs - own[:, 0]).abs().max() < ROUNDING
-            order = want.argsort(1, descending=True, stable=True)  # the likeliest first
+            order = want.argsort(dim=1, descending=True, stable=True)  # the likeliest first
             places = (order == goals[:, None]).int().argmax(1)
             assert (found.ranks - places).abs().max() <= 1  # neighbours may round to one number
     assert [x.tolist() for x in one.logprobs(rows, 3)] == [
