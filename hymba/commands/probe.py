@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -39,9 +39,8 @@ class Options:
     """How much of each text, from its beginning. Time grows with its square."""
     channels: int = 64
     """How many of an SSM's channels are looked at, evenly spread."""
-    heads: bool | None = None
-    """Take away single heads too, not only whole branches. Without it: where they are 256 at
-    most."""
+    heads: Literal["few", "all", "none"] = "few"
+    """Take away single heads too, not only whole branches: few does where they are 256 at most."""
     device: str | None = None
     """cpu or cuda; without it a GPU where there is one."""
     threads: int = 0
@@ -60,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
 
     report.check_folder(options.out)
     choose_threads(options.threads)
-    limits = Limits(options.tokens, options.channels, heads=options.heads)
+    heads = {"few": None, "all": True, "none": False}[options.heads]
+    limits = Limits(options.tokens, options.channels, heads=heads)
     with bar() as progress:
         result, maps = probe(
             options.model, options.text, limits, options.device, ["probe", *argv], progress

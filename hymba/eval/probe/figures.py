@@ -56,7 +56,7 @@ def left_out(result: Record) -> list[str]:
     if result["kv"] is None:
         said.append("Fewer than two layers have keys and values of their own: none to compare.")
     if not any(part["head"] is not None for part in result["importance"]["parts"]):
-        said.append("Single heads were not taken away: there are many (--heads tries them).")
+        said.append("Single heads were not taken away: there are many (--heads all tries them).")
     return said
 
 
