@@ -14,6 +14,7 @@ pytest.importorskip("tyro", reason="the command line needs tyro")
 from hymba import cli  # noqa: E402
 from hymba.eval.probe import run as running  # noqa: E402
 from hymba.eval.probe import texts  # noqa: E402
+from hymba.eval.probe.samples import SAMPLES  # noqa: E402
 from hymba.tokenizer import Tokenizer  # noqa: E402
 from tests.commands.generating import Ran  # noqa: E402
 
@@ -69,7 +70,7 @@ def test_the_samples_are_looked_at_without_texts(run: Callable[..., Ran], tmp_pa
     code, _, _ = run("--tokens", 24, "--heads", "none")
     assert code == 0
     found = json.loads((tmp_path / "out/probe.json").read_text())
-    assert [text["name"] for text in found["texts"]] == list(texts.ORDER)
+    assert [text["name"] for text in found["texts"]] == list(SAMPLES)
     assert all(part["head"] is None for part in found["importance"]["parts"])
     assert "Single heads" in " ".join(found["left_out"])
 
@@ -138,4 +139,4 @@ def test_samples_are_texts_of_four_kinds(folder: Path) -> None:
     found = texts.read([], tokenizer, 10**6)
     assert [text.name for text in found] == ["prose", "code", "mathematics", "dialogue"]
     assert all(text.whole and len(text.ids) > 256 for text in found)
-    compile((texts.SAMPLES / "code.txt").read_text(), "code.txt", "exec")
+    compile(SAMPLES["code"], "code", "exec")

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hymba.errors import UserError
+from hymba.eval.probe.samples import SAMPLES
 from hymba.tokenizer import Tokenizer
 
-SAMPLES = Path(__file__).parent / "samples"
-ORDER = ("prose", "code", "mathematics", "dialogue")
 BYTES_PER_TOKEN = 32  # read for each token wanted: more than any text needs
 LEAST = 16  # tokens: in less there is nothing to see
 
@@ -24,16 +23,18 @@ class Text(NamedTuple):
 
 
 def read(files: Sequence[str], tokenizer: Tokenizer, tokens: int) -> list[Text]:
-    """The first `tokens` tokens of each file. UserError, one line, for what is no text."""
-    paths = [Path(name) for name in files] or [SAMPLES / f"{name}.txt" for name in ORDER]
+    """The first `tokens` tokens of each file, or of each sample. UserError, one line, for what is
+    no text."""
+    contents = {name: (text, True) for name, text in SAMPLES.items()}
+    if files:
+        contents = {name: _content(Path(name), BYTES_PER_TOKEN * tokens) for name in files}
     found: list[Text] = []
-    for path in paths:
-        content, whole = _content(path, BYTES_PER_TOKEN * tokens)
+    for file, (content, whole) in contents.items():
         ids = tokenizer.encode(content, bos=tokenizer.bos_id is not None)
         if len(ids) < LEAST:
-            raise UserError(f"{path} has {len(ids)} tokens: give a text of at least {LEAST}")
+            raise UserError(f"{file} has {len(ids)} tokens: give a text of at least {LEAST}")
         whole, ids = whole and len(ids) <= tokens, ids[:tokens]
-        name = _name(path.stem, [text.name for text in found])
+        name = _name(Path(file).stem, [text.name for text in found])
         found.append(Text(name, ids, [piece(tokenizer, token) for token in ids], whole))
     return found
 
