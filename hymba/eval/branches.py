@@ -113,6 +113,23 @@ def first_batch(asks: Sequence[Ask], order: Sequence[int], room: Room) -> list[i
     return batch
 
 
+def deal(asks: Sequence[Ask], shares: int) -> list[list[int]]:
+    """Numbers of asks for each of several processes: about as much work, neighbours together."""
+    order = sorted(range(len(asks)), key=lambda number: asks[number].tokens)
+    costs: list[int] = []
+    before: Row = ()
+    for number in order:
+        row = asks[number].tokens[:-1]
+        costs.append(len(row) - shared(row, before) + 1)  # no ask is for nothing
+        before = row
+    hands: list[list[int]] = [[] for _ in range(shares)]
+    done, total = 0, sum(costs)
+    for number, cost in zip(order, costs, strict=True):
+        hands[min(shares - 1, done * shares // total)].append(number)
+        done += cost
+    return hands
+
+
 class Room(NamedTuple):
     """What may be computed together: so many asks, or as many as fit a budget of tokens."""
 

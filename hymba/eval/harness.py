@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import numpy
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ from transformers import AutoTokenizer
 
 from hymba.engine import LLM, Limits, Sampling
 from hymba.errors import UserError
-from hymba.eval.branches import Ask, Scorer
+from hymba.eval.branches import Ask, Scorer, deal
 from hymba.eval.network import offline, offline_without_network
 from hymba.model.decoder import LanguageModel
 from hymba.tokenizer import Tokenizer
@@ -47,6 +48,8 @@ from hymba.train.parallel import World
 STOPS = 16  # the engine's most; longer lists are cut afterwards
 BOOTSTRAPS = 1000  # for errors of figures that are no means
 ANSWER = 256  # tokens of an answer where a task does not say
+ELSEWHERE = {"social_iqa": "siqa"}  # the folder of a task that is named otherwise
+TASKS = Path(lm_eval.tasks.__file__).parent
 LOCAL = ("json", "csv", "text", "parquet", "arrow", "pandas")  # loaders of files, not of the hub
 
 
@@ -68,7 +71,7 @@ class OurLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.world, self.batch = model, world or World(), batch
-        self._rank, self._world_size, self._device = self.world.rank, self.world.size, model.device
+        self._device = model.device
         self.progress = progress and self.world.first
         folder = folder or model.folder
         if folder is None or not (folder / "tokenizer.json").is_file():
@@ -149,8 +152,10 @@ class OurLM(TemplateLM):
         return Ask(tuple(row[-self.max_length - 1 :]), len(answer))
 
     def _score(self, asks: Sequence[Ask], what: str) -> list[Any]:
-        with self._bar(len(asks), what) as bar:
-            return list(self.scorer.score(asks, bar.update))
+        mine = deal(asks, self.world.size)[self.world.rank]
+        with self._bar(len(mine), what) as bar:
+            scores = self.scorer.score([asks[number] for number in mine], bar.update)
+        return self._together(len(asks), dict(zip(mine, scores, strict=True)))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -175,15 +180,16 @@ class OurLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers by the engine, which takes the next question when one is done."""
         asked = [self._question(*request.args) for request in requests]
-        texts = [""] * len(requests)
-        pairs = ((prompt, sampling) for prompt, sampling, _ in asked)
-        with self._bar(len(requests), "answers") as bar:
-            for number, output in self.llm.run(pairs):
+        mine = range(self.world.rank, len(asked), self.world.size)
+        texts: dict[int, str] = {}
+        with self._bar(len(mine), "answers") as bar:
+            for place, output in self.llm.run(asked[number][:2] for number in mine):
                 if isinstance(output, UserError):
                     raise output
-                texts[number] = postprocess_generated_text(output.text, asked[number][2], None)
+                ends = asked[mine[place]][2]
+                texts[mine[place]] = postprocess_generated_text(output.text, ends, None)
                 bar.update()
-        return texts
+        return self._together(len(asked), texts)
 
     def _question(self, text: str, wishes: dict[str, Any]) -> tuple[list[int], Sampling, list[str]]:
         """Prompt, sampling and all strings that end the answer."""
@@ -214,24 +220,18 @@ class OurLM(TemplateLM):
     def _bar(self, total: int, what: str) -> Any:
         return tqdm(total=total, desc=what, unit="", disable=not self.progress, leave=False)
 
-    # ---- several processes: lm-eval deals out the questions and gathers what became of them
+    def _together(self, count: int, mine: Mapping[int, Any]) -> list[Any]:
+        """What all processes found, by number.
 
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self.world.joined:
-            return tensor
-        found: list[Any] = [None] * self.world.size
-        dist.all_gather_object(found, tensor.reshape(-1).cpu())
-        return torch.cat(found)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        if not self.world.joined:
-            return [obj]
-        found: list[Any] | None = [None] * self.world.size if self.world.rank == dst else None
-        dist.gather_object(obj, found, dst)
-        return found
-
-    def barrier(self) -> None:
-        self.world.wait()
+        Each is asked everything and does its share, rather than being asked a share by lm-eval:
+        there a process draws the examples of its own questions alone, and draws others than one
+        process that is asked all."""
+        found = dict(mine)
+        if self.world.joined:
+            parts: list[Any] = [None] * self.world.size
+            dist.all_gather_object(parts, found)
+            found = {number: x for part in parts for number, x in part.items()}
+        return [found[number] for number in range(count)]
 
 
 def peer_lm(
@@ -263,17 +263,15 @@ class Shelf:
     @staticmethod
     def of(names: Sequence[str], include_path: Path | None = None) -> Shelf:
         """EvalError for a name that is no task, with what is near. Reading the descriptions of all
-        tasks takes ten seconds, so local ones are looked through first."""
-        where = None if include_path is None else str(include_path)
-        if where is not None:
-            shelf = Shelf(TaskManager(include_path=where, include_defaults=False))
-            if all(name in shelf.manager.task_index for name in names):
+        tasks takes ten seconds, so those with a folder of that name are looked through first."""
+        own = [] if include_path is None else [str(include_path)]
+        near = [str(p) for p in sorted(TASKS.iterdir()) if p.is_dir() and _may_hold(p.name, names)]
+        for some, rest in ((own, False), (near + own, False), (own, True)):
+            shelf = Shelf(TaskManager(include_path=some, include_defaults=rest))
+            unknown = [name for name in names if name not in shelf.manager.task_index]
+            if not unknown:
                 return shelf
-        shelf = Shelf(TaskManager(include_path=where))
-        for name in names:
-            if name not in shelf.manager.task_index:
-                raise EvalError(f"there is no task {name!r}; {shelf.near(name)}")
-        return shelf
+        raise EvalError(f"there is no task {unknown[0]!r}; {shelf.near(unknown[0])}")
 
     def near(self, name: str) -> str:
         known = self.manager.all_tasks
@@ -304,6 +302,12 @@ class Shelf:
     def describe(self, name: str) -> dict[str, Any]:
         """What decides a task, for a fingerprint: its tasks' settings, and its local files'."""
         return {key: self.settings[key] for key in sorted(self.load(name)["tasks"])}
+
+
+def _may_hold(folder: str, names: Sequence[str]) -> bool:
+    """Tasks of lm-eval mostly begin with the name of their folder, as arc_easy does."""
+    folders = [ELSEWHERE.get(name, name) for name in names]
+    return any(name == folder or name.startswith(f"{folder}_") for name in folders)
 
 
 def _settings(task: Any) -> dict[str, Any]:
@@ -352,7 +356,7 @@ def evaluate(
     chat: bool = False,
     gen_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """lm-eval's results of one task or group, with samples; None on all but the first process."""
+    """lm-eval's results of one task or group, with samples; None where another process has them."""
     if chat and not getattr(lm.tokenizer, "chat_template", None):
         raise EvalError("this tokenizer has no chat template: leave out --apply-chat-template")
     loaded = shelf.load(name)
@@ -367,8 +371,8 @@ def evaluate(
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
         )
-    cut = lm.gather_object(getattr(lm, "cut", 0) - before)
-    return None if found is None else dict(found) | {"cut": sum(cut or [0])}
+    cut = getattr(lm, "cut", 0) - before
+    return None if found is None else dict(found) | {"cut": cut}
 
 
 def _prepare(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hymba.eval import tables
 from hymba.eval.harness import EvalError, OurLM, Shelf, evaluate, peer_lm
@@ -57,17 +58,21 @@ def run(plan: Plan) -> int:
     with join(plan.device) as (world, device):
         if plan.out is not None and plan.out.is_dir():
             raise EvalError(f"{plan.out} is a folder: --out names a JSON file")
-        folder = _folder(plan.model)
         # Before the model, which may take long: names, and data that is not to be had.
-        shelf = Shelf.of([entry.task for entry in plan.tasks], plan.include_path)
-        finished = Finished(plan.out, head(_config(plan), device, "lm-eval"), plan.fresh)
-        model = _Model(plan, folder, world, device)
-        try:
+        with world.in_turn():
+            model = _Model(plan, _folder(plan.model), world, device)
+            shelf = Shelf.of([entry.task for entry in plan.tasks], plan.include_path)
             for entry in plan.tasks:
-                _one(plan, entry, shelf, finished, model)
+                shelf.load(entry.task)
+        kept = plan.out if world.first else None
+        finished = Finished(kept, head(_config(plan), device, "lm-eval"), plan.fresh)
+        marks = {_key(plan, entry): _mark(plan, entry, shelf, model.folder) for entry in plan.tasks}
+        try:
+            for entry in _to_do(plan, marks, finished, model):
+                _one(plan, entry, shelf, finished, model, marks[_key(plan, entry)])
         except KeyboardInterrupt:
             if world.first and plan.out is not None:
-                say(f"stopped: {len(finished.tasks)} of {len(plan.tasks)} tasks are in {plan.out},")
+                say(f"stopped: {len(finished.tasks)} of {len(marks)} tasks are in {plan.out},")
                 say("the same command goes on from there")
             raise
         if world.first:
@@ -75,26 +80,32 @@ def run(plan: Plan) -> int:
     return 0
 
 
-def _one(plan: Plan, entry: Entry, shelf: Shelf, finished: Finished, model: _Model) -> None:
-    key = _key(plan, entry)
-    if key in finished.tasks:  # two columns of a table may be of one task
-        return
-    shelf.load(entry.task)
-    mark = _mark(plan, entry, shelf, model.folder)
-    found = finished.look(key, mark)
-    if found is not None and _samples_are_there(plan, key):
-        finished.add(key, found)
-        model.say(f"{key}: done already, taken from {plan.out} (--fresh would do it again)")
-        return
-    if finished.other(key, mark):
-        model.say(f"{key}: {plan.out} has it with other settings, it is done again")
-    began = time.monotonic()
+def _to_do(plan: Plan, marks: Mapping[str, str], finished: Finished, model: _Model) -> list[Entry]:
+    """Tasks that are not done; the first process decides. Two columns may be of one task."""
+    entries = {_key(plan, entry): entry for entry in reversed(plan.tasks)}
+    wanted = []
+    for key, mark in marks.items():
+        found = finished.look(key, mark)
+        if found is not None and _samples_are_there(plan, key):
+            finished.add(key, found)
+            model.say(f"{key}: done already, taken from {plan.out} (--fresh would do it again)")
+            continue
+        if finished.other(key, mark):
+            model.say(f"{key}: {plan.out} has it with other settings, it is done again")
+        wanted.append(key)
+    return [entries[key] for key in _agreed(wanted, model.world)]
+
+
+def _one(
+    plan: Plan, entry: Entry, shelf: Shelf, finished: Finished, model: _Model, mark: str
+) -> None:
+    key, began = _key(plan, entry), time.monotonic()
     model.say(f"{key} ...")
     shots = plan.shots_of(entry)
     result = evaluate(
         model.lm, shelf, entry.task, shots, plan.limit, plan.chat, plan.gen_kwargs or None
     )
-    if result is None:  # another process has it
+    if result is None or not model.world.first:
         return
     seconds = time.monotonic() - began
     kept = tables.summary(result, entry.task) | {"fingerprint": mark, "seconds": round(seconds, 2)}
@@ -106,6 +117,14 @@ def _one(plan: Plan, entry: Entry, shelf: Shelf, finished: Finished, model: _Mod
             f"{key}: {kept['cut']} prompts are longer than the model's context, their beginnings"
             " were left out"
         )
+
+
+def _agreed(keys: list[str], world: World) -> list[str]:
+    """The first process' list, on all of them."""
+    told = [keys]
+    if world.joined:
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 class _Model:

@@ -55,7 +55,8 @@ def plain(tasks: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
                 shown = metric if kind == "none" else f"{metric} ({kind})"
                 count = found["questions"] if part == key or len(many) == 1 else ""
                 extra = "" if error is None else f"{error:.4f}"
-                lines.append((part, shown, f"{value:.4f}", extra, f"{found['shots']}", f"{count}"))
+                shown_value = f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+                lines.append((part, shown, shown_value, extra, f"{found['shots']}", f"{count}"))
     return _aligned(lines, left=2)
 
 

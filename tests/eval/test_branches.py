@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hymba.config import Config
-from hymba.eval.branches import Ask, Room, Score, Scorer, first_batch, levels, tree
+from hymba.eval.branches import Ask, Room, Score, Scorer, deal, first_batch, levels, tree
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
 
@@ -148,3 +148,22 @@ def test_progress_counts_every_ask(model: LanguageModel) -> None:
     asks = questions(model)
     Scorer(model, batch=7).score(asks, told.append)
     assert sum(told) == len(asks) and max(told) == 7
+
+
+@pytest.mark.parametrize("shares", [1, 2, 5])
+def test_work_is_dealt_out_evenly(model: LanguageModel, shares: int) -> None:
+    asks = questions(model)
+    hands = deal(asks, shares)
+    assert sorted(number for hand in hands for number in hand) == list(range(len(asks)))
+    work = []
+    for hand in hands:
+        scorer = Scorer(model, worth=1)
+        scorer.score([asks[number] for number in hand])
+        work.append(scorer.computed)
+    # A neighbour's beginning is computed again, and a row is not cut in two.
+    assert max(work) - min(work) <= 120
+
+
+def test_more_processes_than_asks() -> None:
+    assert sorted(map(len, deal([Ask((1, 2), 1)], 3))) == [0, 0, 1]
+    assert deal([], 2) == [[], []]

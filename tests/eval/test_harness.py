@@ -3,8 +3,6 @@ and are those of lm-eval's own class."""
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,66 +22,14 @@ from hymba.eval.harness import OurLM, Shelf, evaluate
 from hymba.hf import HymbaForCausalLM
 from hymba.model.decoder import LanguageModel
 from hymba.tokenizer import Tokenizer
-
-WORDS = "the cat sat on a mat and dogs bark at red birds that fly away over green hills".split()
-HEAD = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-"""
-TASKS = {
-    "choice": """output_type: multiple_choice
-num_fewshot: 2
-doc_to_text: "{{query}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{gold}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "rolling": """output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{query}}"
-metric_list:
-  - {metric: word_perplexity}
-  - {metric: bits_per_byte}
-""",
-    "answer": """output_type: generate_until
-doc_to_text: "{{query}}"
-doc_to_target: "{{value}}"
-generation_kwargs: {until: ["q"], max_gen_toks: 9, do_sample: false}
-process_results: !function contains.process_results
-metric_list:
-  - {metric: contains, aggregation: mean, higher_is_better: true}
-""",
-}
-CONTAINS = """def process_results(doc, results):
-    return {"contains": float(doc["value"].lower() in results[0].lower())}
-"""
-
-
-def sentence(draw: random.Random, words: int) -> str:
-    return " ".join(draw.choice(WORDS) for _ in range(words))
+from tests.eval.local import TASKS, WORDS, write_tasks
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tasks of lm-eval: multiple choice with examples, whole texts longer than the context,
-    and answers that must contain a value."""
-    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(0)
-    rows: dict[str, list[dict[str, Any]]] = {"choice": [], "rolling": [], "answer": []}
-    for number in range(12):
-        choices = [" " + sentence(draw, draw.randrange(1, 4)) for _ in range(4)]
-        query = sentence(draw, draw.randrange(1, 12))
-        rows["choice"].append({"query": query, "choices": choices, "gold": number % 4})
-        rows["rolling"].append({"query": sentence(draw, (3, 30, 150)[number % 3])})
-        rows["answer"].append({"query": sentence(draw, draw.randrange(1, 20)), "value": "e"})
-    for name, yaml in TASKS.items():
-        file = folder / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
-        (folder / f"{name}.yaml").write_text(HEAD.format(name=name, file=file) + yaml)
-    (folder / "contains.py").write_text(CONTAINS)
-    return folder
+    """Multiple choice with examples, whole texts longer than the context, and answers that must
+    contain a value."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +98,8 @@ def test_nothing_depends_on_the_batch(
     whose: str,
     batch: int,
 ) -> None:
-    """float32, so 1e-4 is a rounding of sums of up to 160 terms; texts are equal letter by letter.
+    """float32: 1e-4, or 5e-6 of a sum that is larger than 20, is rounding (a lively model makes
+    more of it than a trained one). Texts are equal letter by letter.
 
     lm-eval's own class pads questions on the right and prompts on the left."""
     metrics, answers = scored(task, whose, batch)
@@ -161,7 +108,7 @@ def test_nothing_depends_on_the_batch(
         assert answers == auto
         assert len({str(answer) for answer in auto}) > 6
     else:
-        assert numbers(answers) == pytest.approx(numbers(auto), abs=1e-4, rel=1e-6)
+        assert numbers(answers) == pytest.approx(numbers(auto), abs=1e-4, rel=5e-6)
         assert len(set(numbers(auto))) > 10
     for name, value in auto_metrics.items():
         if isinstance(value, float):
