@@ -134,6 +134,14 @@ def test_ticks_are_as_many_as_was_said(lively: Any, tiny: Any, texts: list[Text]
         assert said == (heads is False)
 
 
+def test_a_broken_model_is_one_clear_line(lively: Any, tiny: Any, texts: list[Text]) -> None:
+    model = lively(tiny("hymba"))
+    with torch.no_grad():
+        model.decoder.layers[2].mixer.out_proj.weight[3] = float("inf")
+    with pytest.raises(UserError, match="layer 2 gives numbers that are not finite"):
+        measure(model, texts, SMALL)
+
+
 def test_heads_leave_the_maps_where_they_are_many(
     lively: Any, tiny: Any, texts: list[Text], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,20 +7,18 @@ model, one layer's rows and a strip of one attention matrix.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import hymba
 from hymba import hub
 from hymba.config import Config
+from hymba.errors import UserError
 from hymba.eval.probe.attention import attention_rows
 from hymba.eval.probe.field import field
 from hymba.eval.probe.hidden import channels, hidden_rows
@@ -32,6 +30,7 @@ from hymba.eval.probe.sharing import KeysValues
 from hymba.eval.probe.texts import Text
 from hymba.eval.probe.texts import read as read_texts
 from hymba.eval.probe.walk import Seen, start, walk
+from hymba.eval.results import head
 from hymba.model import accounting
 from hymba.model.decoder import LanguageModel
 from hymba.tokenizer import Tokenizer
@@ -97,22 +96,14 @@ def probe(
     started = time.perf_counter()
     found, maps = measure(model, texts, limits, begin(steps(config, len(texts), limits)))
     looked = min(limits.channels, config.inner_size)
+    settings = {"model": config.to_dict(), "limits": dataclasses.asdict(limits)}
     about = {
+        **head(settings, model.device, "probe", shlex.join(["hymba", *command])),
         "model": name,
-        "command": shlex.join(["hymba", *command]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "hymba": hymba.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name(target) if model.device.type == "cuda" else "cpu",
         "seconds": round(time.perf_counter() - started, 1),
         "parameters": accounting.parameters(config)["total"],
         "meta_tokens": config.meta_tokens,
         "windows": [layer.window for layer in config.layers],
-        "config": config.to_dict(),
-        "limits": dataclasses.asdict(limits),
         "channels": f"{looked} of {config.inner_size}, evenly spread"
         if any(layer.ssm for layer in config.layers)
         else "none",
@@ -179,6 +170,11 @@ def _look(
     _, road = start(model, [text.ids], with_meta)
     chosen = channels(model.config.inner_size, limits.channels)
     for seen in walk(model, [text.ids], with_meta):
+        if not torch.isfinite(seen.x).all():
+            raise UserError(
+                f"layer {seen.number} gives numbers that are not finite for {text.name}:"
+                " is this a trained model, and are its files whole?"
+            )
         attention, ssm = _readings(seen, meta, shown, chosen)
         found.attention.append(attention)
         found.ssm.append(ssm)
