@@ -238,6 +238,8 @@ def peer_lm(
     folder: Path, device: str, dtype: str | None, batch: int | None, progress: bool = True
 ) -> Any:
     """Any causal model of transformers, by lm-eval's own class (which pads)."""
+    import hymba.hf  # noqa: F401  (so that our models are some of them)
+
     # Finding the largest batch means running out of memory, which a CPU does not do gracefully.
     size: int | str = batch or ("auto" if device.startswith("cuda") else 8)
     try:
