@@ -198,8 +198,9 @@ PRESETS: dict[str, Callable[[], Config]] = {
         vocab_size=4096,
         max_positions=2048,
     ),
-    # Llama's shapes in our decoder, for comparisons of cost. Without Llama 3's scaling of the
-    # rotary frequencies, so these are shapes to measure, not weights to load.
+    # Shapes of other people's models in our decoder, for comparisons of cost (the paper's table 2):
+    # to measure, not to load. Llama 3's scaling of the rotary frequencies is not in them, nor
+    # biases, nor other norms, so parameters are theirs but for a thousandth.
     "llama-3.2-1b": lambda: llama(
         hidden_size=2048,
         num_layers=16,
@@ -222,7 +223,63 @@ PRESETS: dict[str, Callable[[], Config]] = {
         max_positions=131072,
         norm_eps=1e-5,
     ),
+    "smollm2-1.7b": lambda: llama(
+        hidden_size=2048,
+        num_layers=24,
+        num_heads=32,
+        num_kv_heads=32,
+        intermediate_size=8192,
+        vocab_size=49152,
+        rope_theta=130000.0,
+        max_positions=8192,
+        norm_eps=1e-5,
+    ),
+    "qwen2.5-1.5b": lambda: llama(
+        hidden_size=1536,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        intermediate_size=8960,
+        vocab_size=151936,
+        rope_theta=1000000.0,
+        max_positions=131072,
+    ),
+    "danube2-1.8b": lambda: llama(
+        hidden_size=2560,
+        num_layers=24,
+        num_heads=32,
+        num_kv_heads=8,
+        intermediate_size=6912,
+        vocab_size=32000,
+        tie_embeddings=False,
+        max_positions=8192,
+        norm_eps=1e-5,
+    ),
+    "amd-olmo-1b": lambda: llama(
+        hidden_size=2048,
+        num_layers=16,
+        num_heads=16,
+        num_kv_heads=16,
+        intermediate_size=8192,
+        vocab_size=50304,
+        max_positions=2048,
+        norm_eps=1e-5,
+    ),
+    # Its MLP has no gate.
+    "phi-1.5": lambda: llama(
+        hidden_size=2048,
+        num_layers=24,
+        num_heads=32,
+        num_kv_heads=32,
+        intermediate_size=8192,
+        mlp_activation="relu2",
+        vocab_size=51200,
+        tie_embeddings=False,
+        max_positions=2048,
+        norm_eps=1e-5,
+    ),
 }
+PEERS = tuple(list(PRESETS)[list(PRESETS).index("llama-3.2-1b") :])
 
 
 def preset(name: str) -> Config:

@@ -6,6 +6,7 @@ Everything printed is predicted by `hymba.model.accounting`; the layers are draw
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Annotated, Any
 import tyro
 
 from hymba import hub
-from hymba.commands import parse
+from hymba.commands import info_compare, parse
+from hymba.commands.info_compare import PAPER_TOKENS
 from hymba.config import FUSIONS, Config, ConfigError, Layer
 from hymba.errors import UserError
 from hymba.hub import looks_like_hub_id
@@ -24,12 +26,12 @@ from hymba.presets import PRESETS
 EXAMPLES = (
     "hymba-1.5b",
     "hymba-1.5b --context 32768",
+    "hymba-1.5b --compare llama-3.2-3b smollm2-1.7b --plot cache.png",
     "path/of/model-folder --json",
 )
 LENGTHS = (512, 2048, 8192, 32768, 131072)  # of the cache table, as far as the model's positions go
 CONTEXT = 8192  # unless another is asked for, or the positions end before
 WEIGHT_BYTES = 2  # bfloat16
-PAPER_TOKENS = 8000  # the paper's "8k"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class Options:
     """A preset's name, a model folder (one with a config.json) or a hub id."""
     context: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Text tokens in the cache. Without it 8192, or as many as the model's positions allow."""
+    compare: tuple[str, ...] = ()
+    """Other models, named in the same ways: how many times this one's cache they hold, by the
+    paper's count and as allocated."""
+    plot: Path | None = None
+    """Draw cache bytes over text tokens into this file (.png, .svg), beside the compared models or
+    those of the paper's table 2."""
     json: bool = False
     """One JSON object, for programs."""
 
@@ -53,9 +61,18 @@ def main(argv: Sequence[str]) -> int:
     context = min(CONTEXT, config.max_positions) if options.context is None else options.context
     if context < 1:
         raise UserError(f"--context must be 1 or more, not {context}")
+    others = {name: find(name)[0] for name in options.compare}
+    compared = info_compare.compare(config, others, context)
+    if options.plot is not None:
+        drawn = others or {name: Config.preset(name) for name in info_compare.usual(options.model)}
+        info_compare.draw({options.model: config} | drawn, options.plot)
+        print(f"{options.plot} is written", file=sys.stderr)
     if options.json:
         facts = {"model": options.model, "origin": origin, **describe(config, context)}
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(facts | ({"compare": compared} if others else {}), indent=2))
+    elif others:
+        rows = info_compare.lines(options.model, config, compared, context)
+        print("\n".join(["cache of one sequence", *_align(rows), "", *info_compare.LEGEND]))
     else:
         print(report(f"{options.model} ({origin})", config, context))
     return 0
@@ -211,7 +228,7 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     lines = []
     for first, *others in rows:
         cells = [f"{x:>{width}}" for x, width in zip(others, widths[1:], strict=True)]
-        lines.append("  " + "  ".join([f"{first:<{widths[0]}}", *cells]))
+        lines.append("  " + "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
     return lines
 
 

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tyro", reason="the commands read their options with tyro")
 
 from hymba import cli  # noqa: E402
-from hymba.commands import info  # noqa: E402
+from hymba.commands import info, info_compare  # noqa: E402
 from hymba.config import Config, Layer  # noqa: E402
 from hymba.model import accounting  # noqa: E402
 
@@ -127,10 +127,61 @@ def test_sizes_are_rounded_for_people() -> None:
     ]
 
 
+def test_compare_tells_the_papers_ratio_and_the_honest_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """11.67 by the paper's count; as allocated, from the bytes by hand (test_accounting.py)."""
+    text = run_info(capsys, "hymba-1.5b", "--compare", "llama-3.2-3b", "hymba-1.5b")
+    (llama,) = [line for line in text.splitlines() if line.strip().startswith("llama-3.2-3b")]
+    held, meta, peer = 81_905_920, 11_345_920, 28 * 8192 * 2 * 8 * 128 * 2
+    assert llama.split()[1:] == [
+        *("917.5", "MB", "11.67x", "939.5", "MB", f"{peer / held:.2f}x"),
+        *("939.5", "MB", f"{peer / (held + meta):.2f}x", "always"),
+    ]
+    assert "78.6 MB" in text and "1.00x" in text and "never" in text
+    assert max(map(len, text.splitlines())) <= 100
+    facts = json.loads(run_info(capsys, "hymba-1.5b", "--compare", "llama-3.2-3b", "--json"))
+    found = facts["compare"]["llama-3.2-3b"]
+    assert found["paper_ratio"] == pytest.approx(11.67, abs=0.005)
+    assert found["cache_bytes"] == peer and found["ratio"] == peer / held
+    assert "compare" not in json.loads(run_info(capsys, "hymba-1.5b", "--json"))
+
+
+@pytest.mark.parametrize("other", ["llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "hymba-350m"])
+def test_where_a_cache_becomes_the_smaller_one(other: str) -> None:
+    """As counting every block up to 16,384 says."""
+    mine, theirs = Config.preset("hymba-1.5b"), Config.preset(other)
+
+    def larger(tokens: int) -> bool:
+        parts = [accounting.cache_bytes(config, tokens) for config in (mine, theirs)]
+        own, its = (part["total"] + part["meta"] for part in parts)
+        return own >= its
+
+    last = max((n for n in range(1, 16384) if larger(n)), default=0)
+    found = info_compare.smaller_from(mine, theirs)
+    assert found == (None if last == 16383 else last + 1)
+
+
+def test_plot_draws_the_others_of_table_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("one.svg", "two.svg"):
+        run_info(capsys, "hymba-1.5b", "--plot", str(tmp_path / "in" / name))
+    first, second = ((tmp_path / "in" / name).read_text() for name in ("one.svg", "two.svg"))
+    assert all(f"<!-- {name} -->" in first for name in ("hymba-1.5b", *info_compare.PEERS))
+    assert first.count("<!--") == second.count("<!--")
+    run_info(capsys, "hymba-1.5b", "--compare", "llama-tiny", "--plot", str(tmp_path / "c.svg"))
+    text = (tmp_path / "c.svg").read_text()
+    assert "<!-- llama-tiny -->" in text and "<!-- llama-3.2-3b -->" not in text
+    assert "format" in mistake(capsys, "hymba-tiny", "--compare", "hymba-1.5b", "--plot", "x.nope")
+
+
 def test_info_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "hymba-1.5b" in mistake(capsys, "hymba-1.5")
     assert "no folder" in mistake(capsys, "./nothing/here")
     assert "config.json" in mistake(capsys, str(tmp_path))
+    assert "qwen2.5-1.5b" in mistake(capsys, "hymba-tiny", "--compare", "qwen2.5")
     assert "--context" in mistake(capsys, "hymba-tiny", "--context", "0")
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in mistake(capsys, str(tmp_path))
