@@ -6,7 +6,7 @@
 
     next_line      which of four lines comes next? multiple choice, two examples in front
     python_text    perplexity of whole files, in windows where they are longer than the context
-    recall_value   a value that stood above, asked for again; the answer must contain it
+    recall_value   the argument that is still missing; the answer must contain it
 
 A task of your own is a file like these: lm-eval's YAML and a JSONL of questions.
 """
@@ -56,6 +56,10 @@ process_results: !function contains.process_results
 metric_list:
   - {metric: contains, aggregation: mean, higher_is_better: true}
 """
+NAMES = (
+    *("width", "height", "depth", "limit", "first", "last", "source", "target", "parent", "child"),
+    *("prefix", "suffix", "reader", "writer", "buffer", "timeout", "encoding", "errors", "level"),
+)
 CONTAINS = '''"""The score of SQuAD completion and SWDE: is the value in the answer?"""
 
 
@@ -110,12 +114,11 @@ def _next_line(files: list[str], draw: random.Random, lines: int) -> dict[str, A
 
 
 def _recall(draw: random.Random) -> dict[str, str]:
-    """Eight assignments, and the beginning of one of them once more."""
-    names = draw.sample(["width", "height", "depth", "count", "limit", "first", "last", "size"], 8)
-    values = {name: str(draw.randrange(10, 100)) for name in names}
-    text = "".join(f"{name} = {value}\n" for name, value in values.items())
-    name = draw.choice(names)
-    return {"text": f"{text}{name} =", "value": values[name]}
+    """A constructor that keeps its arguments; which one comes next stood at its head."""
+    names = draw.sample(NAMES, 4)
+    kept = "".join(f"        self.{name} = {name}\n" for name in names[:-1])
+    text = f"class Thing:\n\n    def __init__(self, {', '.join(names)}):\n{kept}"
+    return {"text": f"{text}        self.", "value": names[-1]}
 
 
 def main() -> None:
