@@ -71,6 +71,14 @@ def check_reading(got: share.Reading, whole: Tensor, m: int) -> None:
     torch.testing.assert_close(got.pattern, whole[:, :7, : m + 7].float())
 
 
+def test_even_attention_shares_what_is_seen() -> None:
+    """Row 4 of 2 meta tokens and a window of 2 sees 2 + 3 keys, the first not among them."""
+    (rows,) = attention.even_rows(2 + 6, 2, 2)
+    assert rows.weights[0, 2 + 4].tolist() == pytest.approx([0.2, 0.2, 0, 0, 0.2, 0.2, 0.2, 0])
+    (rows,) = attention.even_rows(4, None, 0)
+    assert rows.weights[0, 2].tolist() == pytest.approx([1 / 3] * 3 + [0])
+
+
 def test_field_is_equation_5() -> None:
     """Its three sums, with two heads of attention in every layer and nothing else."""
     torch.manual_seed(0)

@@ -39,6 +39,13 @@ def mask(first: int, end: int, total: int, window: int | None, meta: int) -> Ten
     return seen | ((place < meta) & (place <= place[first:end, None]))
 
 
+def even_rows(total: int, window: int | None, meta: int) -> Iterator[Rows]:
+    """What attention would be that is spread evenly over all it sees: (1, T, R)."""
+    for first, end in strips(total, total):
+        seen = mask(first, end, total, window, meta).float()[None]
+        yield Rows(first, seen / seen.sum(-1, keepdim=True))
+
+
 @torch.no_grad()
 def attention_rows(seen: Seen, meta: int) -> Iterator[Rows]:
     """The weights (H, T, R) of one layer, strip by strip, in float32 or wider."""

@@ -10,6 +10,7 @@ from hymba.eval.probe import draw
 
 Record = dict[str, Any]
 NAMES = {"attention": "attention heads", "ssm": "SSM seen as attention"}
+SHORT = {"attention": "attention", "ssm": "SSM"}
 KINDS = ("meta", "first", "self", "cross")
 BARE = "meta tokens taken away"
 
@@ -95,6 +96,9 @@ def _shares(result: Record, branch: str) -> Figure | None:
             f" Without its meta tokens the same model gives the first token"
             f" {_percent(bare['first'])} in place of {_percent(mean['first'])}."
         )
+    if branch == "attention":
+        even = _mean(_column(result["even_without_meta"] or result["even"], "first"))
+        says += f" Spread evenly over all that is seen, it would be {_percent(even)}."
     if branch == "ssm":
         says += " Shares are of |alpha|, the hidden attention matrix, mean over channels."
     title = {"attention": "Where attention goes", "ssm": "Where the SSM looks"}[branch]
@@ -111,7 +115,9 @@ def _entropy(result: Record) -> Figure:
         if bare:
             series[BARE] = _column(bare[branch]["layers"], "entropy_bits")
         panels.append(draw.lines(f"{NAMES[branch]}, bits", labels, series))
-        said += [f"{branch} {name} {_mean(values):.2f} bits" for name, values in series.items()]
+        said += [
+            f"{SHORT[branch]} {name} {_mean(values):.2f} bits" for name, values in series.items()
+        ]
         every |= {f"{branch} {name}": values for name, values in series.items()}
     says = "Mean over layers: " + "; ".join(said)
     alt = "Lines by layer: entropy of attention and of the SSM's hidden attention, in bits"
@@ -205,7 +211,7 @@ def _branches(result: Record) -> Figure:
     worst = max((p for p in parts if p["head"] is None), key=lambda p: p["change"])
     says = (
         f"The loss of all texts is {result['importance']['loss']:.3f} nats a token. Most is lost"
-        f" without layer {worst['layer']}'s {worst['branch']}: {worst['change']:+.3f}."
+        f" without layer {worst['layer']}'s {SHORT[worst['branch']]}: {worst['change']:+.3f}."
     )
     alt = "Bars by layer: growth of the loss when the layer's attention or SSM is taken away"
     panel = draw.bars("growth of the loss, nats a token", labels, series)
@@ -237,10 +243,11 @@ def _heads(result: Record) -> Figure | None:
         table += [[i, branch, *row] for i, row in enumerate(changes)]
     worst = max(parts, key=lambda p: p["change"])
     says = (
-        f"The dearest head is number {worst['head']} of layer {worst['layer']}'s {worst['branch']}:"
-        f" {worst['change']:+.3f} nats a token. A head of the SSM is the group of channels beside"
-        " an attention head."
+        f"The dearest head is number {worst['head']} of layer {worst['layer']}'s"
+        f" {SHORT[worst['branch']]}: {worst['change']:+.3f} nats a token."
     )
+    if "ssm" in result["branches"]:
+        says += " A head of the SSM is the group of channels beside an attention head."
     alt = "Heat maps, layers by heads: growth of the loss without one head (blue worse)"
     most = max(len(row) for row in table) - 2
     head, title = ["layer", "branch", *map(str, range(most))], "What is lost without one head"
@@ -281,7 +288,7 @@ def _kv(result: Record) -> Figure | None:
     says = (
         "Neighbours among the layers that have K/V of their own: keys"
         f" {min(k):.2f} to {max(k):.2f}, values {min(v):.2f} to {max(v):.2f} (linear CKA;"
-        f" shuffled tokens at most {chance:.2f})."
+        f" shuffled tokens at most {chance:.3f})."
     )
     alt = "Two heat maps, layers by layers: how alike their keys, and their values, are"
     table = [

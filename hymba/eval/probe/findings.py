@@ -18,6 +18,7 @@ class Finding(NamedTuple):
     agrees: bool | None
 
 
+DRAIN = 2  # times what even attention gives the first token: from here on it is a drain
 NO_META, NO_HYBRID = "the model has no meta tokens", "the model has no layer with both branches"
 
 
@@ -37,15 +38,25 @@ def findings(result: Record) -> list[Finding]:
 
 def _drain(result: Record) -> Finding:
     said = "Meta tokens take over the attention that the first token would get (figure 7)"
-    without = result["shares_without_meta"]
-    if not without or "attention" not in without:
-        return Finding(said, NO_META, None)
-    a, b = result["shares"]["attention"]["mean"], without["attention"]["mean"]
+    if "attention" not in result["shares"]:
+        return Finding(said, "the model has no attention", None)
+    without, a = result["shares_without_meta"], result["shares"]["attention"]["mean"]
+    b = without["attention"]["mean"] if without else a
+    even = _even(result["even_without_meta"] if without else result["even"])
     here = (
-        f"the first token gets {_percent(a['first'])} with meta tokens,"
-        f" {_percent(b['first'])} when they are taken away; meta tokens get {_percent(a['meta'])}"
+        f"the first token gets {_percent(b['first'])} without meta tokens, where even attention"
+        f" would give it {_percent(even)}"
     )
-    return Finding(said, here, a["meta"] > a["first"] and a["first"] < b["first"])
+    if without:
+        here += f", and {_percent(a['first'])} with them; they get {_percent(a['meta'])}"
+    if b["first"] <= DRAIN * even:
+        return Finding(said, f"{here}: there is no drain to take over", None)
+    return Finding(said, here, a["first"] < b["first"] / 2 if without else None)
+
+
+def _even(rows: list[Record | None]) -> float:
+    found = [row["first"] for row in rows if row is not None]
+    return sum(found) / len(found)
 
 
 def _shares(result: Record) -> Finding:

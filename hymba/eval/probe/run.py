@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from hymba import hub
 from hymba.config import Config
 from hymba.errors import UserError
-from hymba.eval.probe.attention import attention_rows
+from hymba.eval.probe.attention import attention_rows, even_rows
 from hymba.eval.probe.field import field
 from hymba.eval.probe.hidden import channels, hidden_rows
 from hymba.eval.probe.importance import MOST_HEADS, Part, branches, importance, single_heads
@@ -139,6 +140,8 @@ def measure(
     result = {
         "branches": [name for name in ("attention", "ssm") if _has(config, name)],
         "shares": _shares(with_meta),
+        "even": _even(config, texts, config.meta_tokens),
+        "even_without_meta": _even(config, texts, 0) if config.meta_tokens else None,
         "shares_without_meta": _shares(without) if without else None,
         "meta": _meta(with_meta) if config.meta_tokens and _has(config, "attention") else None,
         "magnitudes": [each.result() for each in magnitudes],
@@ -223,6 +226,17 @@ def _shares(found: dict[str, Found]) -> Record:
             },
         }
     return result  # fmt: skip
+
+
+def _even(config: Config, texts: list[Text], meta: int) -> list[Record | None]:
+    """A row a layer, as in shares: attention spread evenly over all that its rows see."""
+
+    @cache
+    def row(window: int | None) -> Record:
+        totals = [meta + len(text.ids) for text in texts]
+        return _row([read(even_rows(total, window, meta), meta, 0) for total in totals])
+
+    return [row(layer.window) if layer.attention else None for layer in config.layers]
 
 
 def _row(readings: list[Reading]) -> Record:

@@ -63,11 +63,9 @@ def read(strips: Iterable[Rows], meta: int, shown: int, each_head: bool = False)
 
 
 def kinds(w: Tensor, rows: Tensor, meta: int) -> Tensor:
-    """w (H, T, R), rows (T) -> (H, T, 4). The first text token's own row counts as self."""
+    """w (H, T, R), rows (T) -> (H, T, 4); for text rows from the second on."""
     own = w.gather(-1, rows.to(w.device).view(1, -1, 1).expand(len(w), -1, 1))[..., 0]
-    before = (rows > meta).to(w.device)
-    first = w[..., meta] * before
-    fore = w[..., :meta].sum(-1)
+    first, fore = w[..., meta], w[..., :meta].sum(-1)
     rest = (w.sum(-1) - own - first - fore).clamp(min=0)
     return torch.stack([fore, first, own, rest], dim=-1)
 
