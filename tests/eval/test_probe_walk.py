@@ -162,6 +162,20 @@ def test_parts_are_what_the_fusion_reads(model: Any, ids: list[int]) -> None:
         torch.testing.assert_close(made, seen.mixer.fuse(list(seen.outs.values())))
 
 
+@pytest.mark.parametrize("length", [5, 40, 90])
+def test_no_strip_is_larger_than_was_said(
+    length: int, lively: Any, tiny: Any, text: Callable[..., Tensor], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(attention, "ELEMENTS", 4000)
+    seen = next(iter(walk(lively(tiny("hymba")), [text(length).tolist()])))
+    for make in (attention_rows(seen, 3), hidden_rows(seen, channels(64, 8))):
+        strips = list(make)
+        assert [x.first for x in strips[1:]] == [x.first + x.weights.shape[1] for x in strips[:-1]]
+        assert sum(x.weights.shape[1] for x in strips) == length + 3
+        for strip in strips:
+            assert strip.weights.numel() <= 4000 or strip.weights.shape[1] == 1
+
+
 def test_a_switch_that_changes_nothing_and_one_that_takes_all(model: Any, ids: list[int]) -> None:
     x, road = start(model, [ids])
     plain, _ = through(model, 0, x, road, [])

@@ -15,7 +15,7 @@ from torch import Tensor
 from hymba.eval.probe.walk import Seen
 from hymba.ops.attention import visible
 
-ELEMENTS = 1 << 23  # weights (or products) made at a time: 32 MiB in float32
+ELEMENTS = 1 << 21  # weights (or products) made at a time: 8 MiB in float32
 
 
 class Rows(NamedTuple):

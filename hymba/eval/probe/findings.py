@@ -134,7 +134,7 @@ def _first_layer(result: Record) -> Finding:
 
 def _importance(result: Record) -> Finding:
     said = "A layer's SSM heads matter more than its attention heads (figure 3: 1.1 to 0.24 points)"
-    means = {}
+    means, rest = {}, {}
     for branch in ("attention", "ssm"):
         rows = [
             part["change"]
@@ -143,10 +143,12 @@ def _importance(result: Record) -> Finding:
         ]
         if not rows:
             return Finding(said, "the model has one kind of heads", None)
-        means[branch] = sum(rows) / len(rows)
+        means[branch], others = sum(rows) / len(rows), rows[1:] or rows
+        rest[branch] = sum(others) / len(others)
     here = (
         f"mean growth of the loss: {means['ssm']:.3f} nats without a layer's SSM,"
-        f" {means['attention']:.3f} without its attention"
+        f" {means['attention']:.3f} without its attention (but for the first of each kind:"
+        f" {rest['ssm']:.3f} and {rest['attention']:.3f})"
     )
     return Finding(said, here, means["ssm"] > means["attention"])
 

@@ -43,7 +43,7 @@ from hymba.eval.probe.attention import Rows
 from hymba.eval.probe.walk import Seen
 from hymba.ops import Segments
 
-LESS = 8  # strips are so many times smaller than attention's: several are made, none looks ahead
+LESS = 2  # strips are so many times smaller than attention's: more temporaries, none looks ahead
 
 
 class Recurrence(NamedTuple):
