@@ -65,6 +65,7 @@ def _lines(axes: Any, tasks: dict[str, Sequence[dict[str, Any]]], figure: str) -
         if pairs:
             axes.plot(*zip(*pairs, strict=True), marker=".", label=name)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(ylim=(-3, 103), xlabel="tokens", ylabel=f"{figure}, percent", title="without a depth")
     axes.legend()
 
@@ -81,6 +82,7 @@ def draw_perplexity(results: Sequence[dict[str, Any]], path: Path) -> Path:
         if result["made_for"] < result["length"]:
             axes.axvline(result["made_for"], color=line.get_color(), linestyle="--", linewidth=0.8)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="position, in tokens", ylabel="bits per byte", title="held-out text")
     axes.legend()
     return _save(plt, page, path)

@@ -46,7 +46,7 @@ def run_suite(
     names: Sequence[str] = (),
     lengths: Sequence[int] = (),
     depths: Sequence[float] = DEPTHS,
-    samples: int = 8,
+    samples: int = 4,
     seed: int = 0,
     progress: Progress | None = None,
     batch: int = 8,

@@ -68,6 +68,11 @@ class Peer:
     most_tokens: int
     last_position: int | None  # a table of positions ends; None: any number can be computed
 
+    @property
+    def vocab_size(self) -> int:
+        size: int = self.model.config.get_text_config().vocab_size
+        return size
+
     def logits(self, ids: Tensor, mask: Tensor, columns: Tensor) -> Tensor:
         """ids, mask (B, T), padded on the right; logits (B, C, V) at these columns (C,)."""
         takes = inspect.signature(self.model.forward).parameters

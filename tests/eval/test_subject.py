@@ -101,6 +101,24 @@ def test_tails_are_the_ends_of_rows(kind: str, subject: Callable[[str], Any]) ->
     assert not any(len(x.ranks) for x in one.score(rows, 3, [0] * len(rows)))
 
 
+def test_logits_of_few_rows_at_a_time(
+    subject: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where those of a batch are too many; each row alone makes no larger than its own."""
+    one, rows, seen = subject("llama"), rows_of(), []
+    whole, logits = one.logprobs(rows, 8), one.peer.logits
+
+    def spy(ids: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        seen.append(len(ids))
+        return logits(ids, *others)
+
+    monkeypatch.setattr("hymba.eval.subject.THEIRS", 2 * 16 * one.peer.vocab_size)
+    monkeypatch.setattr(one.peer, "logits", spy, raising=False)
+    for a, b in zip(whole, one.logprobs(rows, 8), strict=True):
+        assert torch.allclose(a, b, atol=ROUNDING)
+    assert seen[0] == 1 and max(seen) == 4 and sum(seen) == len(rows)
+
+
 def test_transformers_says_what_we_say(subject: Callable[[str], Any]) -> None:
     ours, theirs = subject("ours"), subject("ours through transformers")
     assert isinstance(ours, Ours) and isinstance(theirs, Theirs)
