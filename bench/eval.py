@@ -68,14 +68,14 @@ class Clock:
 
 
 def ways(folder: Path) -> list[Way]:
-    model = load(folder)
+    model = load(folder, dtype=torch.float32)
 
     def ours(batch: int | None) -> Way:
         lm = partial(OurLM, model, folder, batch=batch, progress=False)
         return Way(f"batch {batch or 'auto'}", lm)
 
     def theirs(batch: int) -> Way:
-        return Way(f"HFLM {batch}", partial(peer_lm, folder, "cpu", None, batch))
+        return Way(f"HFLM {batch}", partial(peer_lm, folder, "cpu", "float32", batch))
 
     return [ours(1), ours(7), ours(None), theirs(1), theirs(8)]
 
@@ -94,14 +94,15 @@ def measure(way: Way, shelf: Shelf, task: str) -> Ran:
 SCORES = ("acc", "bits_per_byte", "contains")
 
 
-def furthest(some: Any, other: Any) -> float:
-    """The largest difference of two nests of numbers; texts are equal (0) or not (infinity)."""
+def apart_by(some: Any, other: Any) -> float:
+    """The largest difference of two nests of numbers, as a share of those over 1: a whole text's
+    log-likelihood is some thousands. Texts are equal (0) or not (infinity)."""
     if isinstance(some, list | tuple):
         assert len(some) == len(other)
-        return max((furthest(x, y) for x, y in zip(some, other, strict=True)), default=0.0)
+        return max((apart_by(x, y) for x, y in zip(some, other, strict=True)), default=0.0)
     if isinstance(some, str):
         return 0.0 if some == other else float("inf")
-    return abs(float(some) - float(other))
+    return abs(float(some) - float(other)) / max(1.0, abs(float(other)))
 
 
 def main() -> None:
@@ -138,14 +139,14 @@ def table(args: argparse.Namespace, shelf: Shelf) -> list[dict[str, Any]]:
                     best[way.name] = ran
         auto = best["batch auto"]
         for name, ran in best.items():
-            apart = furthest(ran.answers, auto.answers)
+            apart = apart_by(ran.answers, auto.answers)
             row = {"task": task, "way": name, "samples_per_second": ran.per_second}
-            rows.append(row | {"score": ran.score, "furthest_from_auto": apart})
+            rows.append(row | {"score": ran.score, "apart_from_auto": apart})
     return rows
 
 
 def line(row: dict[str, Any]) -> str:
-    apart = row["furthest_from_auto"]
+    apart = row["apart_from_auto"]
     speed, score = f"{row['samples_per_second']:>10.2f}", f"{row['score']:>9.4f}"
     return f"{row['task']:<14}{row['way']:<12}{speed}{score}{apart:>20.1e}"
 

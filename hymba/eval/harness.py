@@ -46,6 +46,10 @@ from hymba.tokenizer import Tokenizer
 from hymba.train.parallel import World
 
 STOPS = 16  # the engine's most; longer lists are cut afterwards
+REFUSED = {
+    "UNSAFE_CODE": "runs code that the model writes",
+    "MULTIMODAL": "shows the model more than text",
+}
 BOOTSTRAPS = 1000  # for errors of figures that are no means
 ANSWER = 256  # tokens of an answer where a task does not say
 ELSEWHERE = {"social_iqa": "siqa"}  # the folder of a task that is named otherwise
@@ -386,6 +390,9 @@ def _prepare(
     numpy.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
     for key, task in tasks.items():
+        for what, why in REFUSED.items():
+            if getattr(task, what, False):
+                raise EvalError(f"task {key!r} {why}, which hymba eval does not do")
         if gen_kwargs and task.get_config("output_type") == "generate_until":
             task.set_config("generation_kwargs", dict(gen_kwargs), update=True)
         own = shelf.settings[key]["shots"]

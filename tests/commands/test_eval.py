@@ -242,6 +242,8 @@ def test_a_suite_beside_the_paper(call: Call, stand_ins: Path, tmp_path: Path) -
     content = json.loads(out.read_text())
     assert content["suite"]["ours"]["MMLU"] == pytest.approx(float(ours[0]), abs=0.01)
     assert content["tasks"]["mmlu@5"]["shots"] == 5 and content["tasks"]["piqa@0"]["shots"] == 0
+    same = "--tasks", "piqa", "--num-fewshot", "0", "--include-path", stand_ins, "--out", out
+    assert "piqa@0: done already" in call(*same)[2]
 
 
 def test_averages_are_the_papers() -> None:
