@@ -14,7 +14,8 @@ pytest.importorskip("playwright.sync_api", reason="the browser's tests: make tes
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
 
 from hymba.eval.probe import report  # noqa: E402
-from hymba.eval.probe.run import Limits, probe  # noqa: E402
+from hymba.eval.probe.run import Limits, measure, probe  # noqa: E402
+from hymba.eval.probe.texts import Text  # noqa: E402
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
@@ -100,6 +101,30 @@ def test_controls_change_the_picture(page: Page, maps: dict[str, Any]) -> None:
     check_row(page, maps["plain"]["ssm"][1]["mean"], 29)
     page.get_by_label("Text", exact=True).select_option("hostile")
     check_row(page, maps["hostile"]["ssm"][1]["mean"], 29)
+
+
+def test_a_layer_that_has_none_of_these_heads(
+    visit: Callable[..., Page], tmp_path: Path, lively: Any, tiny: Any
+) -> None:
+    """Samba: an SSM, then attention, by turns."""
+    text = Text("a", list(range(20)), [str(i) for i in range(20)], True)
+    result, maps = measure(lively(tiny("samba")), [text], Limits(channels=4, heads=False))
+    about = {"model": "samba", "parameters": 1, "meta_tokens": 2, "date": "", "device": "cpu"}
+    about |= {"command": "", "versions": {"hymba": "0"}, "channels": "4", "texts": []}
+    windows = [layer.window for layer in tiny("samba").layers]
+    report.write(tmp_path / "out", about | {"windows": windows} | result, maps)
+    page = visit((tmp_path / "out/index.html").as_uri())
+    layer = page.get_by_role("slider", name="Layer")
+    expect(page.get_by_text("This layer has none")).to_be_visible()
+    expect(page.locator("#picture")).to_be_hidden()
+    layer.press("ArrowRight")
+    expect(page.locator("#layer-name")).to_have_text("layer 1 of 4, window 5")
+    check_row(page, report.plain(maps)["texts"]["a"]["attention"][1]["mean"], 19)
+    page.locator("#token-19").focus()
+    page.keyboard.press("PageDown")
+    expect(layer).to_be_focused()
+    page.get_by_label("Heads", exact=True).select_option("SSM seen as attention")
+    expect(page.locator("#picture")).to_be_visible()
 
 
 def test_what_a_text_says_stays_text(page: Page) -> None:

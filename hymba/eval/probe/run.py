@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hymba import hub
 from hymba.config import Config
@@ -126,14 +125,11 @@ def measure(
 ) -> tuple[Record, Record]:
     """-> (every number, the maps)."""
     config = model.config
-    magnitudes = [Magnitudes() for _ in config.layers]
-    kv = KeysValues()
-    with_meta = {
-        text.name: _look(model, text, limits, True, tick, magnitudes, kv) for text in texts
-    }
+    looker = _Looker(model, texts, limits, tick)
+    with_meta = {text.name: looker.look(text) for text in texts}
     without: dict[str, Found] = {}
     if config.meta_tokens:
-        without = {text.name: _look(model, text, limits, False, tick) for text in texts}
+        without = {text.name: looker.look(text, with_meta=False) for text in texts}
     parts = parts_of(config, limits)
     ids = {text.name: text.ids for text in texts}
     loss = importance(model, ids, parts, lambda: tick("taking parts away"))
@@ -144,60 +140,62 @@ def measure(
         "even_without_meta": _even(config, texts, 0) if config.meta_tokens else None,
         "shares_without_meta": _shares(without) if without else None,
         "meta": _meta(with_meta) if config.meta_tokens and _has(config, "attention") else None,
-        "magnitudes": [each.result() for each in magnitudes],
+        "magnitudes": [each.result() for each in looker.magnitudes],
         "importance": loss,
         "field": _fields(with_meta),
         "field_without_meta": _fields(without) if without else None,
-        "kv": kv.result() if len(config.kv_owners) > 1 else None,
+        "kv": looker.kv.result() if len(config.kv_owners) > 1 else None,
     }
-    return result, _maps(with_meta, texts, limits)
+    return result, _maps(with_meta, texts, looker)
 
 
 def _has(config: Config, branch: str) -> bool:
     return any(getattr(layer, branch) for layer in config.layers)
 
 
-def _look(
-    model: LanguageModel,
-    text: Text,
-    limits: Limits,
-    with_meta: bool,
-    tick: Tick,
-    magnitudes: list[Magnitudes] | None = None,
-    kv: KeysValues | None = None,
-) -> Found:
-    """One text through the model, with or without the meta tokens."""
-    meta = model.config.meta_tokens if with_meta else 0
-    found = Found([], [])
-    shown = min(limits.shown, len(text.ids))
-    _, road = start(model, [text.ids], with_meta)
-    chosen = channels(model.config.inner_size, limits.channels)
-    for seen in walk(model, [text.ids], with_meta):
-        if not torch.isfinite(seen.x).all():
-            raise UserError(
-                f"layer {seen.number} gives numbers that are not finite for {text.name}:"
-                " is this a trained model, and are its files whole?"
-            )
-        attention, ssm = _readings(seen, meta, shown, chosen)
+class _Looker:
+    """Takes texts through the model; what all texts together tell is added up here."""
+
+    def __init__(self, model: LanguageModel, texts: list[Text], limits: Limits, tick: Tick):
+        self.model, self.limits, self.tick = model, limits, tick
+        self.magnitudes = [Magnitudes() for _ in model.config.layers]
+        self.kv = KeysValues()
+        self.chosen = channels(model.config.inner_size, limits.channels)
+        self.each_head = map_size(model.config, texts, limits) <= MAP_BYTES
+
+    def look(self, text: Text, with_meta: bool = True) -> Found:
+        """One text; without the meta tokens only for its readings, which no map shows."""
+        meta = self.model.config.meta_tokens if with_meta else 0
+        found = Found([], [])
+        _, road = start(self.model, [text.ids], with_meta)
+        for seen in walk(self.model, [text.ids], with_meta):
+            if not torch.isfinite(seen.x).all():
+                raise UserError(
+                    f"layer {seen.number} gives numbers that are not finite for {text.name}:"
+                    " is this a trained model, and are its files whole?"
+                )
+            self.read(seen, found, meta, self.limits.shown if with_meta else 0)
+            if with_meta:
+                self.magnitudes[seen.number].add(seen, meta)
+                self.kv.add(seen, road.rope, meta)
+            self.tick(f"{text.name}{'' if with_meta else ' without meta tokens'}")
+        return found
+
+    def read(self, seen: Seen, found: Found, meta: int, shown: int) -> None:
+        attention = ssm = None
+        if seen.layer.attention:
+            attention = read(attention_rows(seen, meta), meta, shown, self.each_head)
+        if seen.layer.ssm:
+            ssm = read(hidden_rows(seen, self.chosen), meta, shown)
         found.attention.append(attention)
         found.ssm.append(ssm)
-        if magnitudes is not None:
-            magnitudes[seen.number].add(seen, meta)
-        if kv is not None:
-            kv.add(seen, road.rope, meta)
-        tick(f"{text.name}{'' if with_meta else ' without meta tokens'}")
-    return found
 
 
-def _readings(
-    seen: Seen, meta: int, shown: int, chosen: Tensor
-) -> tuple[Reading | None, Reading | None]:
-    attention = ssm = None
-    if seen.layer.attention:
-        attention = read(attention_rows(seen, meta), meta, shown, each_head=True)
-    if seen.layer.ssm:
-        ssm = read(hidden_rows(seen, chosen), meta, shown)
-    return attention, ssm
+def map_size(config: Config, texts: list[Text], limits: Limits) -> int:
+    """Weights in the maps if each head of attention has its own."""
+    heads = sum(config.num_heads * x.attention + x.ssm for x in config.layers)
+    shown = [min(limits.shown, len(text.ids)) for text in texts]
+    return sum(n * (config.meta_tokens + n) for n in shown) * heads
 
 
 def _each(found: dict[str, Found], branch: str) -> Iterator[tuple[str, list[Reading | None]]]:
@@ -296,27 +294,22 @@ def _fields(found: dict[str, Found]) -> Record:
     return {"mean": mean, "by_text": by_text, "reach": layers}
 
 
-def _maps(found: dict[str, Found], texts: list[Text], limits: Limits) -> Record:
+def _maps(found: dict[str, Found], texts: list[Text], looker: _Looker) -> Record:
     """Weights of the first tokens of each text: {"texts": {name: {"tokens", branch: [a layer's
     {"mean": rows, "heads": [rows] or None} or None]}}}."""
-    patterns = [x for one in found.values() for x in (*one.attention, *one.ssm) if x is not None]
-    each_head = sum(x.pattern.numel() for x in patterns) <= MAP_BYTES
     result: Record = {}
     for text in texts:
-        entry: Record = {"tokens": text.pieces[: min(limits.shown, len(text.ids))]}
-        for branch, readings in (
-            b
-            for b in (("attention", found[text.name].attention), ("ssm", found[text.name].ssm))
-            if any(x is not None for x in b[1])
-        ):
-            entry[branch] = [
-                None
-                if x is None
-                else {
-                    "mean": x.pattern.mean(0),
-                    "heads": list(x.pattern) if branch == "attention" and each_head else None,
-                }
-                for x in readings
-            ]
+        entry: Record = {"tokens": text.pieces[: looker.limits.shown]}
+        for branch in ("attention", "ssm"):
+            readings, heads = found[text.name].of(branch), looker.each_head
+            if any(x is not None for x in readings):
+                entry[branch] = [_map(x, heads and branch == "attention") for x in readings]
         result[text.name] = entry
-    return {"texts": result, "heads": each_head}  # fmt: skip
+    return {"texts": result, "heads": looker.each_head}
+
+
+def _map(reading: Reading | None, heads: bool) -> Record | None:
+    if reading is None:
+        return None
+    pattern = reading.pattern
+    return {"mean": pattern.mean(0), "heads": list(pattern) if heads else None}

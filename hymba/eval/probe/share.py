@@ -36,7 +36,7 @@ def read(strips: Iterable[Rows], meta: int, shown: int, each_head: bool = False)
     """`shown` text rows go into the pattern, of each head or of their mean."""
     total = 0
     sums: dict[str, Tensor] = {}
-    pieces, firing, reach = [], [], None
+    pieces, firing, reach = [], None, None
     for strip in strips:
         first = max(0, meta - strip.first)  # meta rows are no text
         w = strip.weights[:, first:]
@@ -45,7 +45,8 @@ def read(strips: Iterable[Rows], meta: int, shown: int, each_head: bool = False)
         rows = torch.arange(strip.first + first, strip.first + strip.weights.shape[1])
         text = rows - meta  # text position of each query
         pieces.append(_pattern(w[:, text < shown], meta + shown, each_head))
-        firing.append(w[:, :, :meta].cpu())
+        half = _halves(w, text, meta)
+        firing = half if firing is None else firing + half
         back = (rows[:, None] - torch.arange(w.shape[-1])).clamp(min=0)
         back[:, :meta] = 0
         far = torch.einsum("htp,tp->ht", w.double(), back.to(w.device, torch.float64))
@@ -56,10 +57,9 @@ def read(strips: Iterable[Rows], meta: int, shown: int, each_head: bool = False)
         for name, x in found.items():
             part = x[:, counted.to(x.device)].double().sum(1).cpu()
             sums[name] = sums[name] + part if name in sums else part
-    assert reach is not None
-    mass, means = torch.cat(firing, dim=1).double(), {k: x / max(1, total) for k, x in sums.items()}
-    halves = torch.stack([half.mean(1) for half in mass.tensor_split(2, dim=1)])
-    return Reading(**means, firing=halves, reach=reach, pattern=torch.cat(pieces, dim=1))
+    assert reach is not None and firing is not None
+    means = {name: x / max(1, total) for name, x in sums.items()}
+    return Reading(**means, firing=firing, reach=reach, pattern=torch.cat(pieces, dim=1))
 
 
 def kinds(w: Tensor, rows: Tensor, meta: int) -> Tensor:
@@ -75,6 +75,14 @@ def entropy(w: Tensor) -> Tensor:
     return torch.special.entr(w).sum(-1) / math.log(2)
 
 
+def _halves(w: Tensor, text: Tensor, meta: int) -> Tensor:
+    """What these rows add to the mean weight of each meta token in each half: (2, H, M)."""
+    length = w.shape[-1] - meta
+    middle = (length + 1) // 2
+    parts = (w[:, text < middle], middle), (w[:, text >= middle], length - middle)
+    return torch.stack([x[..., :meta].double().sum(1).cpu() / max(1, n) for x, n in parts])
+
+
 def _pattern(w: Tensor, keys: int, each_head: bool) -> Tensor:
-    w = w[..., :keys].float().cpu()
-    return w if each_head else w.mean(0, keepdim=True)
+    w = w[..., :keys]
+    return (w if each_head else w.mean(0, keepdim=True)).float().cpu()
