@@ -170,10 +170,8 @@ class Theirs(_Batched):
         goals = torch.zeros_like(ids)
         for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
             end = len(row) - 1
-            ids[i, :end], mask[i, : max(1, end)] = (
-                torch.tensor(row[:-1]),
-                1,
-            )  # all padding is no row
+            ids[i, :end] = torch.tensor(row[:-1])
+            mask[i, : max(1, end)] = 1  # a row of padding alone is refused
             goals[i, :end], asked[i, end - tail : end] = torch.tensor(row[1:]), True
         columns = asked.any(0).nonzero().flatten()  # (C,)
         if len(rows) > 1 and len(rows) * len(columns) * self.peer.vocab_size > THEIRS:
@@ -191,16 +189,33 @@ class Theirs(_Batched):
             found += [score_logits(x, y) for x, y in zip(chosen, wanted, strict=True)]
         return _cut(found, tails)
 
+    @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], max_tokens: int, stop: tuple[str, ...] = (), batch: int = 8
     ) -> list[str]:
         said: dict[int, str] = {}
-        with torch.no_grad():
-            for numbers in _batches([len(prompt) for prompt in prompts], batch):
-                some = self.peer.generate([prompts[i] for i in numbers], max_tokens, stop)
+        rooms = [self._room(len(prompt), max_tokens) for prompt in prompts]
+        for room in set(rooms):
+            alike = [number for number, other in enumerate(rooms) if other == room]
+            for places in _batches([len(prompts[number]) for number in alike], batch):
+                numbers = [alike[place] for place in places]
+                some = self.peer.generate([prompts[i] for i in numbers], room, stop)
                 texts = [until(self.tokenizer.decode(ids), stop) for ids in some]
                 said.update(zip(numbers, texts, strict=True))
         return [said[number] for number in range(len(prompts))]
+
+    def _room(self, length: int, max_tokens: int) -> int:
+        """New tokens that there are positions for; an answer ends where they end."""
+        if length < 1:
+            raise SubjectError("a prompt is empty: it needs at least one token")
+        if self.last_position is None:
+            return max_tokens
+        if length >= self.last_position:
+            raise SubjectError(
+                f"{self.name} has positions for {self.last_position} tokens, a prompt takes all of"
+                " them: give a shorter one"
+            )
+        return min(max_tokens, self.last_position - length)
 
 
 def open_subject(

@@ -168,8 +168,14 @@ def test_what_cannot_be_asked(
     assert gpt2.last_position == gpt2.most_tokens == 64
     assert subject("llama").last_position is None and subject("llama").most_tokens == 64
     assert len(subject("llama").logprobs([[5] * 100], 1)[0]) == 99  # more than it was made for
+    # An answer ends where positions end.
+    short, long = gpt2.generate([[5] * 3], 9), gpt2.generate([[5] * 60], 4)
+    assert gpt2.generate([[5] * 60, [5] * 3], 9) == [*long, *short]
+    ours = subject("ours")
+    assert ours.generate([[5] * 1995], 9) == ours.generate([[5] * 1995], 5)
     mistakes: list[tuple[str, Callable[[], Any]]] = [
         ("positions for 64 tokens", lambda: gpt2.logprobs([[5] * 66], 1)),
+        ("a prompt takes all", lambda: gpt2.generate([[5] * 64], 3)),
         ("row 1 is empty", lambda: gpt2.logprobs([[5], []], 1)),
         ("cannot be scored", lambda: gpt2.score([[5, 6]], 1, [2])),
         ("1 row or more", lambda: gpt2.score([[5, 6]], 0)),
