@@ -226,7 +226,8 @@ def _tell(plan: Plan, finished: Finished) -> None:
     else:
         suite = SUITES[plan.suite]
         figures = {entry: tables.figure(entry, found) for entry, found in rows.items()}
-        print(tables.beside_the_paper(plan.model, suite, figures, plan.limit))
+        local = plan.include_path is not None
+        print(tables.beside_the_paper(plan.model, suite, figures, plan.limit, local))
         finished.write({"suite": tables.suite_json(plan.suite, suite, figures)})
     if plan.out is not None:
         say(f"written to {plan.out}")

@@ -61,21 +61,36 @@ def plain(tasks: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def beside_the_paper(
-    model: str, suite: Suite, figures: Mapping[Entry, float | None], limit: int | None
+    model: str,
+    suite: Suite,
+    figures: Mapping[Entry, float | None],
+    limit: int | None = None,
+    local: bool = False,
 ) -> str:
-    """Our figures as a row above the paper's."""
+    """Our figures as a row above the paper's; `local`: some tasks may be others of that name."""
     labels = [entry.label for entry in suite.tasks]
     ours = tuple(figures.get(entry) for entry in suite.tasks)
     rows = [("", *labels, "Avg"), _row(model, ours, suite.averaged)]
     rows += [_row(f"paper: {name}", row, suite.averaged) for name, row in suite.paper.items()]
-    notes = [f"{entry.label}: {entry.note}" for entry in suite.tasks if entry.note]
+    notes = _notes(suite)
     if suite.left_out:
         notes.append(suite.left_out)
     if any(entry.lower for entry in suite.tasks):
         notes.append("ppl: less is better; Avg is of the last eight columns")
     if limit is not None:
         notes.append(f"only {limit} questions a task (--limit): not to be compared with the paper")
+    if local:
+        notes.append("tasks of --include-path go before lm-eval's: the paper's are maybe others")
     return "\n".join([suite.about, "", _aligned(rows, left=1), *(f"  {note}" for note in notes)])
+
+
+def _notes(suite: Suite) -> list[str]:
+    """Each remark once, with the columns that it is of."""
+    labels: dict[str, list[str]] = {}
+    for entry in suite.tasks:
+        if entry.note:
+            labels.setdefault(entry.note, []).append(entry.label)
+    return [f"{', '.join(some)}: {note}" for note, some in labels.items()]
 
 
 def suite_json(name: str, suite: Suite, figures: Mapping[Entry, float | None]) -> dict[str, Any]:

@@ -239,6 +239,8 @@ def test_a_suite_beside_the_paper(call: Call, stand_ins: Path, tmp_path: Path) -
     assert float(ours[-1]) == pytest.approx(sum(map(float, ours[:-1])) / 7, abs=0.01)
     (theirs,) = [line for line in lines if line.startswith("paper: Llama-3.2-3B")]
     assert theirs.split()[2:] == "56.03 74.54 42.32 76.66 69.85 55.29 43.46 59.74".split()
+    assert lines[-1].startswith("  tasks of --include-path go before lm-eval's")
+    assert any("ARC-E, ARC-C, PIQA, Wino, Hella: acc" in line for line in lines)
     content = json.loads(out.read_text())
     assert content["suite"]["ours"]["MMLU"] == pytest.approx(float(ours[0]), abs=0.01)
     assert content["tasks"]["mmlu@5"]["shots"] == 5 and content["tasks"]["piqa@0"]["shots"] == 0
