@@ -12,7 +12,7 @@ from hymba.errors import UserError
 
 def draw_recall(result: dict[str, Any], path: Path, figure: str = "forced") -> Path:
     """A heat map of depth and length for each task that has depths, a line over lengths for each
-    that has none. `figure`: "generated", "exact" or "forced"."""
+    that has none. `figure`: "generated", "exact", "first" or "forced"."""
     plt = pyplot()
     tasks = result["tasks"]
     deep = [name for name, task in tasks.items() if task["cells"][0]["depth"] is not None]

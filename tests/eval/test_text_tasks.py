@@ -196,6 +196,8 @@ def test_figures_count_answer_tokens() -> None:
         assert cell["nats"] == pytest.approx(sum(sum(a) / len(a) for a in flat) / len(flat))
         exact = [sum(all(t % 2 for t in s) for s in ask) / len(ask) for ask in answers]
         assert cell["exact"] == pytest.approx(sum(exact) / len(exact))
+        first = [sum(s[0] % 2 for s in ask) / len(ask) for ask in answers]
+        assert cell["first"] == pytest.approx(sum(first) / len(first))
         assert cell["generated"] is None and cell["answers"] == len(answers)
 
 
