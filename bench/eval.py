@@ -118,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder), args.count, lines=args.lines)
         rows = table(args, Shelf.of(TASKS, Path(folder)))
-    head = f"{'task':<14}{'way':<12}{'samples/s':>10}{'score':>9}{'furthest from auto':>20}"
+    head = f"{'task':<14}{'way':<12}{'samples/s':>10}{'score':>9}{'apart from auto':>20}"
     print(head, *(line(row) for row in rows), sep="\n")
     if args.out is not None:
         config = {"count": args.count, "lines": args.lines, "repeats": args.repeats}
