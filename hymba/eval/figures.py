@@ -64,8 +64,9 @@ def _lines(axes: Any, tasks: dict[str, Sequence[dict[str, Any]]], figure: str) -
         pairs = [(c["length"], 100 * c[figure]) for c in cells if c[figure] is not None]
         if pairs:
             axes.plot(*zip(*pairs, strict=True), marker=".", label=name)
+    lengths = sorted({cell["length"] for cells in tasks.values() for cell in cells})
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=45)
     axes.set(ylim=(-3, 103), xlabel="tokens", ylabel=f"{figure}, percent", title="without a depth")
     axes.legend()
 
