@@ -224,7 +224,7 @@ def table(result: dict[str, Any]) -> str:
             "",
             "generated: a greedy continuation contains the answer; exact: all its tokens are the",
             "likeliest after the true ones; first: its first token is; forced: share of its tokens",
-            "that are (some of it is spelling); all in percent. nats: of an answer's token. chance:",
+            "that are (some of it is spelling); in percent. nats: of an answer's token. chance:",
             "a guess that knows the task alone; blind: one that has read all but the question.",
         ]
     )
