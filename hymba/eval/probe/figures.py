@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 from hymba.eval.probe import draw
 
 Record = dict[str, Any]
+EVERY = (
+    "share-attention", "share-ssm", "entropy", "meta-tokens", "magnitudes", "importance", "heads",
+    "field", "sharing",
+)  # fmt: skip
 NAMES = {"attention": "attention heads", "ssm": "SSM seen as attention"}
 SHORT = {"attention": "attention", "ssm": "SSM"}
 KINDS = ("meta", "first", "self", "cross")

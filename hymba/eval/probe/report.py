@@ -24,11 +24,14 @@ from typing import Any
 from torch import Tensor
 
 from hymba.errors import UserError
-from hymba.eval.probe.figures import Figure, figures, left_out
+from hymba.eval.probe.figures import EVERY, Figure, figures, left_out
 from hymba.eval.probe.findings import Finding, findings
 
 Record = dict[str, Any]
 PAGE = Path(__file__).parent / "page"
+UNFINISHED = (
+    ".unfinished-"  # a folder that is filled first; one left by a killed process is nothing
+)
 MADE = "probe.json"  # says that a folder is a report, which may be written anew
 VERDICTS = {True: "agrees", False: "does not agree", None: "cannot say"}
 FINE = 255  # steps of a weight's square root in the page's maps
@@ -38,19 +41,23 @@ def check_folder(out: Path) -> None:
     """Before the work: UserError where a report cannot go."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / MADE).is_file():
+    held = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if MADE not in held and not all(name.startswith(UNFINISHED) for name in held):
         raise UserError(f"{out} holds something that is no report: name another --out")
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not above.is_dir():
         raise UserError(f"{above} is a file: name another --out")
-    if not os.access(above, os.W_OK):
-        raise UserError(f"{above} cannot be written to: name another --out")
+    try:
+        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=above).cleanup()
+    except OSError as error:
+        raise UserError(f"{above} cannot be written to: {error.strerror}") from None
 
 
 def write(out: Path, result: Record, maps: Record) -> list[str]:
     """-> names of the files."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=out))
     try:
         drawn = list(figures(result))
         found = [finding._asdict() for finding in findings(result)]
@@ -63,15 +70,16 @@ def write(out: Path, result: Record, maps: Record) -> list[str]:
         }
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for old in out.glob("*.svg"):  # of another model, which had figures that this one lacks
-            if old.name not in texts:
-                old.unlink()
+        for name in EVERY:  # another model may have had figures that this one lacks
+            if f"{name}.svg" not in texts:
+                (out / f"{name}.svg").unlink(missing_ok=True)
         for name in texts:
             os.replace(temporary / name, out / name)
         return list(texts)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if new and not any(out.iterdir()):
+            out.rmdir()
 
 
 def page(result: Record, maps: Record, drawn: Sequence[Figure]) -> str:
