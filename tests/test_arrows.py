@@ -42,7 +42,7 @@ TORCH_FREE = [
     "hymba.train.data",
     "hymba.recipes.pretrain",
     *(
-        [f"hymba.commands.{name}" for name in ("info", "train", "finetune")]
+        [f"hymba.commands.{name}" for name in ("info", "train", "finetune", "eval", "probe")]
         if find_spec("tyro")
         else []
     ),
