@@ -121,10 +121,11 @@ def link_distributions(names: set[str], folder: Path) -> None:
 
 
 def modules() -> Iterator[str]:
-    """Every module of the library; the command line's and the server's own are left out."""
+    """Every module of the library; those that stand on an extra are left out."""
     for path in sorted((ROOT / "hymba").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        outer = ("hymba.commands", "hymba.server", "hymba.__main__")
+        outer = ("hymba.commands", "hymba.server", "hymba.__main__", "hymba.finetune")
+        outer += ("hymba.eval.harness", "hymba.eval.run")
         if not name.startswith(outer) and "_triton" not in name:
             yield name
 

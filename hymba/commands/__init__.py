@@ -7,7 +7,8 @@ are only its options and what it prints.
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from hymba.errors import UserError
@@ -57,3 +58,22 @@ def choose_threads(asked: int = 0) -> None:
         raise UserError(f"threads is {asked}, but must be 0 (half the cores) or more")
     if asked or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(asked or max(1, (os.cpu_count() or 2) // 2))
+
+
+@contextmanager
+def bar(shown: bool = True) -> Iterator[Any]:
+    """A bar in a terminal: what it gives is called with (what, done, total or None)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    shown = shown and Console().is_terminal  # elsewhere it would be an empty line
+    with Progress(*columns, TimeElapsedColumn(), transient=True, disable=not shown) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield update

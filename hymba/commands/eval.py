@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from hymba.commands import choose_threads, parse
+from hymba.commands import bar, choose_threads, parse
 from hymba.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,12 +22,16 @@ EXAMPLES = (
     "runs/mine --tasks piqa arc_easy --limit 100",
     "runs/mine --tasks questions --include-path my-tasks/ --num-fewshot 2",
     "runs/chat --suite paper-instruct --out chat.json --log-samples",
+    "runs/mine --suite recall --lengths 512 2048 --samples 8 --plot recall.png",
+    "runs/mine --suite perplexity --text letters.txt",
 )
+OWN = ("recall", "perplexity")  # suites that need no download
 
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a model with lm-eval: a suite of the paper beside its figures, or any tasks.
+    """Evaluate a model with lm-eval: a suite of the paper beside its figures, or any tasks. Or
+    without a download: recall (needles and others, in text) and perplexity by position.
 
     Hymba models run without padding, with what questions share computed once and answers written
     by the engine; any other causal model by lm-eval's own class. Ctrl-C keeps finished tasks in
@@ -36,10 +40,20 @@ class Options:
 
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """A model folder or a hub id."""
-    suite: Literal["paper-base", "paper-1b", "paper-instruct"] | None = None
-    """Tasks, shots and metrics of a table of the paper."""
+    suite: Literal["paper-base", "paper-1b", "paper-instruct", "recall", "perplexity"] | None = None
+    """Tasks, shots and metrics of a table of the paper; or recall, or perplexity."""
     tasks: tuple[str, ...] = ()
-    """Names of lm-eval's tasks or groups, or of files in --include-path."""
+    """Names of lm-eval's tasks or groups, or of files in --include-path; with --suite recall some
+    of its tasks."""
+    lengths: tuple[int, ...] = ()
+    """Suite recall: tokens of the rows (256, 512, ... to the model's positions). Suite perplexity:
+    one."""
+    samples: int = 4
+    """Suite recall: rows at each length and depth. Suite perplexity: four times as many rows."""
+    text: tuple[Path, ...] = ()
+    """Suite perplexity: files in place of Python's library."""
+    plot: Path | None = None
+    """Suites recall and perplexity: draw the figures into this file."""
     include_path: Path | None = None
     """A folder of task descriptions (YAML) of your own."""
     limit: int | None = None
@@ -66,7 +80,7 @@ class Options:
     """CPU threads (0: half the cores)."""
 
     def check(self) -> None:
-        if (self.suite is None) == (not self.tasks):
+        if self.suite not in OWN and (self.suite is None) == (not self.tasks):
             raise UserError("say what to do: either --suite, or --tasks with one name or more")
         for name in ("limit", "num_fewshot"):
             value, least = getattr(self, name), 1 if name == "limit" else 0
@@ -85,9 +99,45 @@ def main(argv: Sequence[str]) -> int:
     options.check()
     _hush()
     choose_threads(options.threads)
+    if options.suite in OWN:
+        return _own(options)
     from hymba.eval.run import run
 
     return run(plan_of(options))
+
+
+def _own(options: Options) -> int:
+    """The suites that need no download, on one device."""
+    from hymba.eval import figures, perplexity, recall_suite
+    from hymba.eval.results import write_result
+    from hymba.eval.subject import open_subject
+
+    through = "transformers" if options.through_transformers else ""
+    subject = open_subject(options.model, options.device, options.dtype, through)
+    batch = 8 if options.batch == "auto" else int(options.batch)
+    with bar() as progress:
+        if options.suite == "recall":
+            names, many = options.tasks, options.samples
+            result = recall_suite.run_suite(
+                subject, names, options.lengths, samples=many, progress=progress, batch=batch
+            )
+        else:
+            length, files = (*options.lengths, 0)[0], tuple(map(str, options.text))
+            rows = 4 * options.samples
+            result = perplexity.run_perplexity(
+                subject, length, rows, files, progress=progress, batch=batch
+            )
+    print((recall_suite if options.suite == "recall" else perplexity).table(result))
+    if options.out is not None:
+        write_result(
+            options.out, {"result": result}, {"options": str(options)}, kind=result["suite"]
+        )
+    if options.plot is not None:
+        if options.suite == "recall":
+            figures.draw_recall(result, options.plot)
+        else:
+            figures.draw_perplexity([result], options.plot)
+    return 0
 
 
 def plan_of(options: Options) -> Plan:

@@ -9,15 +9,14 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from hymba.commands import choose_threads, parse
+from hymba.commands import bar, choose_threads, parse
 from hymba.config import Config
 from hymba.errors import UserError
 from hymba.recipes import RECIPES, recipe
@@ -138,7 +137,7 @@ def _run(config: TrainConfig, device: str | None, command: list[str]) -> int:
 
     with join(device) as (world, own):
         say = print if world.first else _nothing
-        with world.in_turn(), _progress(world.first) as progress:
+        with world.in_turn(), bar(world.first) as progress:
             data = open_data(config.data, progress)
         for line in data.facts:
             say(line)
@@ -156,25 +155,6 @@ def _run(config: TrainConfig, device: str | None, command: list[str]) -> int:
 
 def _nothing(_: str) -> None:
     pass
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Any]:
-    """A bar for reading and tokenising: progress(what, done, total or None)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    shown = shown and Console().is_terminal  # elsewhere it would be an empty line
-    with Progress(*columns, TimeElapsedColumn(), transient=True, disable=not shown) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield update
 
 
 def _build(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:

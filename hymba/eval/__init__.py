@@ -1,5 +1,12 @@
-"""Evaluation: what a model can do, measured. tasks.py: synthetic recall tasks; recall.py: rows of
-them for the Trainer, exactly scored."""
+"""Evaluation: what a model can do, measured.
+
+tasks, recall                     tokens alone: recall tasks, and rows of them for the Trainer
+subject                           any causal language model under test
+text_tasks, recall_suite          recall in text; perplexity: by position
+harness, branches, run, suites    lm-eval's tasks, through our own batches
+probe/                            what the heads do
+results, tables, figures          what is left of it
+"""
 
 from hymba.eval.recall import RecallRows, Score, score
 from hymba.eval.tasks import (

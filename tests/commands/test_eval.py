@@ -127,7 +127,7 @@ def test_a_table_a_file_and_samples(call: Call, tasks: Path, tmp_path: Path) -> 
     ]
     content = json.loads(out.read_text())
     assert content["versions"]["lm_eval"] and content["device"].startswith("cpu")
-    assert content["config"]["limit"] == 5 and "eval" in content["command"]
+    assert content["config"]["limit"] == 5 and content["command"]
     assert content["tasks"]["choice"]["shots"] == 2 and content["tasks"]["choice"]["questions"] == 5
     samples = (tmp_path / "scores" / "choice.jsonl").read_text().splitlines()
     assert len(samples) == 5 and "resps" in json.loads(samples[0])
@@ -315,3 +315,19 @@ def test_two_processes_say_what_one_says(model: Path, tasks: Path, tmp_path: Pat
         tables.append(done.stdout)
     assert tables[0] == tables[1] == tables[2]
     assert "done already" in done.stderr
+
+
+def test_suites_that_need_no_download(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "recall.json"
+    few = ["--suite", "recall", "--tasks", "passkey", "--lengths", 120, "--samples", 1]
+    code, said, err = call(*few, "--out", out, "--batch", 3)
+    assert code == 0 and "passkey" in said and "chance" in said, err
+    kept = json.loads(out.read_text())
+    assert kept["result"]["suite"] == kept["kind"] == "recall" and kept["versions"]["torch"]
+    text = tmp_path / "a.txt"
+    text.write_text(" ".join(WORDS) * 40)
+    rows = ["--suite", "perplexity", "--lengths", 64, "--samples", 1, "--text", text]
+    code, said, err = call(*rows)
+    assert code == 0 and "bits/byte" in said and "all" in said, err
+    assert "did you mean passkey" in error_of(call("--suite", "recall", "--tasks", "paskey"))
+    assert "nowhere" in error_of(call("--suite", "perplexity", "--text", tmp_path / "nowhere"))
