@@ -26,6 +26,9 @@ EXAMPLES = (
     "runs/mine --suite perplexity --text letters.txt",
 )
 OWN = ("recall", "perplexity")  # suites that need no download
+# What says nothing to the others: refused, since a score without it would be taken for one with it.
+OF_TASKS = ("include_path", "limit", "num_fewshot", "apply_chat_template", "log_samples")
+OF_OWN = ("lengths", "samples", "text", "plot")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Options:
     """CPU threads (0: half the cores)."""
 
     def check(self) -> None:
-        if self.suite not in OWN and (self.suite is None) == (not self.tasks):
+        if self.suite not in OWN and (self.suite is None) == (not self.names()):
             raise UserError("say what to do: either --suite, or --tasks with one name or more")
         for name in ("limit", "num_fewshot"):
             value, least = getattr(self, name), 1 if name == "limit" else 0
@@ -92,6 +95,27 @@ class Options:
             raise UserError(f"there is no folder {self.include_path} (--include-path)")
         if self.log_samples and self.out is None:
             raise UserError("--log-samples needs --out, which says where")
+        if self.log_samples and self.out is not None and not self.out.suffix:
+            raise UserError(f"--log-samples makes a folder {self.out}: call --out {self.out}.json")
+        self._check_suite()
+
+    def _check_suite(self) -> None:
+        """Only what the suite, or lm-eval's tasks, heed."""
+        for name in OF_TASKS if self.suite in OWN else OF_OWN:
+            if getattr(self, name) != getattr(Options, name):
+                of = "tasks of lm-eval" if self.suite in OWN else "the suites recall and perplexity"
+                raise UserError(f"--{name.replace('_', '-')} is for {of} alone: leave it out")
+        if self.suite == "recall" and self.text:
+            raise UserError("--text is for the suite perplexity alone: leave it out")
+        if self.suite == "perplexity" and self.tasks:
+            raise UserError("the suite perplexity has no tasks: leave out --tasks")
+        if self.suite == "perplexity" and len(self.lengths) > 1:
+            raise UserError("the suite perplexity takes one of --lengths: it shows every position")
+
+    def names(self) -> tuple[str, ...]:
+        """Each task once; "piqa,arc_easy" is how lm-eval's own command has it."""
+        words = [name for word in self.tasks for name in word.split(",") if name]
+        return tuple(dict.fromkeys(words))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,17 +133,20 @@ def main(argv: Sequence[str]) -> int:
 def _own(options: Options) -> int:
     """The suites that need no download, on one device."""
     from hymba.eval import figures, perplexity, recall_suite
-    from hymba.eval.results import write_result
+    from hymba.eval.results import check_place, write_result
     from hymba.eval.subject import open_subject
 
+    if options.out is not None:
+        check_place(options.out, str(options.suite))
     through = "transformers" if options.through_transformers else ""
     subject = open_subject(options.model, options.device, options.dtype, through)
     batch = 8 if options.batch == "auto" else int(options.batch)
     with bar() as progress:
         if options.suite == "recall":
-            names, many = options.tasks, options.samples
+            names, lengths = options.names(), tuple(dict.fromkeys(options.lengths))
+            many = options.samples
             result = recall_suite.run_suite(
-                subject, names, options.lengths, samples=many, progress=progress, batch=batch
+                subject, names, lengths, samples=many, progress=progress, batch=batch
             )
         else:
             length, files = (*options.lengths, 0)[0], tuple(map(str, options.text))
@@ -145,9 +172,8 @@ def plan_of(options: Options) -> Plan:
     from hymba.eval.suites import SUITES, Entry
 
     suite = None if options.suite is None else SUITES[options.suite]
-    # "piqa,arc_easy" is how lm-eval's own command has it.
-    names = dict.fromkeys(name for word in options.tasks for name in word.split(",") if name)
-    tasks = suite.tasks if suite else tuple(Entry(name, name, None, "") for name in names)
+    named = tuple(Entry(name, name, None, "") for name in options.names())
+    tasks = suite.tasks if suite else named
     return Plan(
         model=options.model,
         tasks=tasks,

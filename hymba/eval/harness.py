@@ -368,15 +368,22 @@ def evaluate(
     loaded = shelf.load(name)
     _prepare(loaded["tasks"], shelf, shots, gen_kwargs or {})
     before = getattr(lm, "cut", 0)
-    with quiet():
-        found = run_tasks(
-            lm,
-            loaded,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPS,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-        )
+    try:
+        with quiet():
+            found = run_tasks(
+                lm,
+                loaded,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+            )
+    except (AssertionError, ValueError) as error:
+        # What too few examples are to lm-eval, or to random.sample under it.
+        said = "fewshot samples requested exceeds", "Sample larger than population"
+        if not any(words in str(error) for words in said):
+            raise
+        raise EvalError(f"task {name!r} has too few examples: give a lower --num-fewshot") from None
     cut = getattr(lm, "cut", 0) - before
     return None if found is None else dict(found) | {"cut": cut}
 

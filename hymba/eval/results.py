@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -65,6 +66,25 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_place(path: Path, kind: str) -> None:
+    """Before the work: UserError where a result of this kind cannot go, or something else would
+    be lost."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: --out names a JSON file")
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["kind"]
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if found != kind:
+            raise UserError(f"{path} is no file of an evaluation of this kind: name another --out")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise UserError(f"{above} cannot be written to: {error.strerror}") from None
 
 
 def versions() -> dict[str, str]:

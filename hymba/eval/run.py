@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from hymba.eval import tables
 from hymba.eval.harness import EvalError, OurLM, Shelf, evaluate, peer_lm
-from hymba.eval.results import Finished, fingerprint, head, versions, weights_of
+from hymba.eval.results import Finished, check_place, fingerprint, head, versions, weights_of
 from hymba.eval.suites import SUITES, Entry
 from hymba.hub import find
 from hymba.train.parallel import World, join
@@ -56,8 +56,8 @@ class Plan:
 def run(plan: Plan) -> int:
     """Evaluate, or read what is done already; a table on standard output. The exit code."""
     with join(plan.device) as (world, device):
-        if plan.out is not None and plan.out.is_dir():
-            raise EvalError(f"{plan.out} is a folder: --out names a JSON file")
+        if plan.out is not None:
+            check_place(plan.out, "lm-eval")
         # Before the model, which may take long: names, and data that is not to be had.
         with world.in_turn():
             model = _Model(plan, _folder(plan.model), world, device)

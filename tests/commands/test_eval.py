@@ -88,6 +88,17 @@ def test_help_is_light_and_names_the_suites(capsys: pytest.CaptureFixture[str]) 
         (("--tasks", "x", "--include-path", "nowhere"), "there is no folder nowhere"),
         (("--tasks", "x", "--log-samples"), "--log-samples needs --out"),
         (("--tasks", "x", "--out", "."), ". is a folder: --out names a JSON file"),
+        (("--tasks", "x", "--out", "s", "--log-samples"), "makes a folder s: call --out s.json"),
+        (("--tasks", ""), "either --suite, or --tasks"),
+        (("--tasks", "x", "--lengths", "9"), "--lengths is for the suites recall and perplexity"),
+        (("--tasks", "x", "--plot", "a.png"), "--plot is for the suites recall and perplexity"),
+        (("--suite", "recall", "--limit", "2"), "--limit is for tasks of lm-eval alone"),
+        (("--suite", "recall", "--text", "a"), "--text is for the suite perplexity alone"),
+        (("--suite", "perplexity", "--tasks", "x"), "the suite perplexity has no tasks"),
+        (("--suite", "perplexity", "--lengths", "8", "9"), "takes one of --lengths"),
+        (("--suite", "perplexity", "--out", "."), ". is a folder: --out names a JSON file"),
+        (("--suite", "recall", "--out", "/proc/x.json"), "/proc cannot be written to"),
+        (("--tasks", "x", "--out", "/proc/x.json"), "/proc cannot be written to"),
     ],
 )
 def test_mistakes_in_options(call: Call, argv: tuple[str, ...], message: str) -> None:
@@ -184,6 +195,16 @@ def test_a_file_of_something_else_is_not_lost(call: Call, tasks: Path, tmp_path:
     mine.write_text("[1]")
     line = error_of(call("--tasks", "choice", "--include-path", tasks, "--out", mine))
     assert "is no file of an evaluation" in line and mine.read_text() == "[1]"
+    scores = '{"kind": "lm-eval", "tasks": {}}'
+    mine.write_text(scores)
+    line = error_of(call("--suite", "perplexity", "--out", mine))
+    assert "is no file of an evaluation of this kind" in line and mine.read_text() == scores
+
+
+def test_more_examples_than_there_are(call: Call, tasks: Path) -> None:
+    code, out, err = call("--tasks", "choice", "--include-path", tasks, "--num-fewshot", 99)
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert err.splitlines()[-1].endswith("has too few examples: give a lower --num-fewshot")
 
 
 def test_no_network_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,11 +340,13 @@ def test_two_processes_say_what_one_says(model: Path, tasks: Path, tmp_path: Pat
 
 def test_suites_that_need_no_download(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "recall.json"
-    few = ["--suite", "recall", "--tasks", "passkey", "--lengths", 120, "--samples", 1]
+    few = ["--suite", "recall", "--tasks", "passkey,", "--lengths", 120, 120, "--samples", 1]
     code, said, err = call(*few, "--out", out, "--batch", 3)
     assert code == 0 and "passkey" in said and "chance" in said, err
     kept = json.loads(out.read_text())
     assert kept["result"]["suite"] == kept["kind"] == "recall" and kept["versions"]["torch"]
+    assert kept["result"]["lengths"] == [120]
+    assert call(*few, "--out", out)[0] == 0  # its own file may be written anew
     text = tmp_path / "a.txt"
     text.write_text(" ".join(WORDS) * 40)
     rows = ["--suite", "perplexity", "--lengths", 64, "--samples", 1, "--text", text]
