@@ -88,6 +88,7 @@ class Settings:
             _need(getattr(self, name) >= 1, name, "must be 1 or more")
         for name in ("held_out_every", "save_every", "log_every", "threads", "seed"):
             _need(getattr(self, name) >= 0, name, "must be 0 or more")
+        _need(self.seed < 2**32, "seed", "must be below 2**32")
         _need(self.max_length >= 8, "max_length", "must be 8 or more")
         for name in ("epochs", "beta"):
             _need(0 < getattr(self, name) < 1e6, name, "must be above 0")

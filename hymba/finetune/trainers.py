@@ -48,7 +48,17 @@ RENAMED = {
 }
 
 
-class Sft(SFTTrainer):
+class Warmed:
+    """A warm-up is a step at least, and its first step has the rate 0: a run of one step would
+    learn nothing, so it has none."""
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0  # type: ignore[attr-defined]
+        return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
+
+
+class Sft(Warmed, SFTTrainer):
     """TRL's, whose held-out loss weighs tokens equally, not batches."""
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +76,7 @@ class Sft(SFTTrainer):
         return loader
 
 
-class Dpo(DPOTrainer):
+class Dpo(Warmed, DPOTrainer):
     """TRL's, given tokens."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

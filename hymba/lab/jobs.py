@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PARTS = ("cost", "language", "recall")
 TASKS = ("mqar", "phonebook", "needle", "copy", "induction")
+MOST_SEEDS = 2**32
 SPREAD = (BASE, "llama")  # language models trained with all seeds: how far apart seeds lie
 
 
@@ -60,10 +61,10 @@ class Plan:
         for kind, names, known in (("part", self.part, PARTS), ("task", self.tasks, TASKS)):
             for name in names:
                 named(kind, name, dict.fromkeys(known))
-        if self.minutes is not None and self.minutes <= 0:
+        if self.minutes is not None and not self.minutes > 0:  # nan is not above 0 either
             raise LabError(f"--minutes must be above 0, not {self.minutes:g}")
-        if any(seed < 0 for seed in self.seeds):
-            raise LabError("--seeds are whole numbers, 0 or more")
+        if not all(0 <= seed < MOST_SEEDS for seed in self.seeds):
+            raise LabError(f"--seeds are whole numbers, 0 or more and below {MOST_SEEDS:,}")
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ class Lab:
         path = self.plan.folder / job.place / "result.json"
         if not path.is_file():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] != _plain(self._settings(job)):
+        found = _record(path)
+        if found.get("settings") != _plain(self._settings(job)):
             raise LabError(
                 f"{path} was made with other settings: name another --folder, or delete its folder"
             )
@@ -361,7 +362,18 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def _record(path: Path) -> dict[str, Any]:
+    """A result.json; LabError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"part", "device"}:
+        raise LabError(f"{path} is damaged: delete its folder, and the run is made again")
+    return found
+
+
 def results(folder: Path, size: str) -> Iterator[dict[str, Any]]:
     """Every run of a size that is done, whatever command made it."""
     for path in sorted((folder / size).rglob("result.json")):
-        yield json.loads(path.read_text(encoding="utf-8"))
+        yield _record(path)

@@ -231,6 +231,18 @@ def test_preferences_can_be_answers(tune: Tune, preferences: list[Any]) -> None:
     assert "margin" not in steps(out)[0] and steps(out)[0]["loss"] > 1
 
 
+def test_a_single_step_learns(tune: Tune, chats: list[Any], base: Path) -> None:
+    """A warm-up would give it the rate 0, and the base back as the result."""
+    out = tune(chats[:4])
+    assert [r["lr"] for r in steps(out)] == [QUICK["lr"]]
+    assert not same_weights(base, out)
+
+
+def test_seeds_are_what_numpy_takes(tune: Tune, chats: list[Any]) -> None:
+    with pytest.raises(FinetuneError, match="--seed must be below"):
+        tune(chats[:4], seed=2**32)
+
+
 # ---- to be gone on with
 
 

@@ -124,6 +124,19 @@ def test_results_of_other_settings_are_not_taken(lab: MakeLab, texts: Path) -> N
         lab(part=("recall",), tasks=("copy",), only=("mamba",), seeds=(0,)).run()
 
 
+@pytest.mark.parametrize("content", ["", '{"settings": ', "[]", "{}", "null"])
+def test_a_damaged_result_is_told(lab: MakeLab, content: str) -> None:
+    some = lab(part=("cost",), only=("hymba",))
+    (job,) = jobs(some.plan)
+    path = some.plan.folder / job.place / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(LabError, match="result.json is damaged: delete its folder"):
+        some.run()
+    with pytest.raises(LabError, match="result.json is damaged: delete its folder"):
+        list(results(some.plan.folder, some.plan.size))
+
+
 def test_weights_are_the_same_for_all_fusions_and_seeds_differ(lab: MakeLab) -> None:
     """A seed decides the weights and the rows; the device does not."""
     from hymba.lab.training import Device, new_model
@@ -146,7 +159,9 @@ def test_weights_are_the_same_for_all_fusions_and_seeds_differ(lab: MakeLab) -> 
         {"part": ("languages",)},
         {"tasks": ("needles",)},
         {"minutes": 0.0},
+        {"minutes": float("nan")},
         {"seeds": (-1,)},
+        {"seeds": (2**32,)},
     ],
 )
 def test_mistakes_are_told(wrong: dict) -> None:
