@@ -133,11 +133,16 @@ def main(argv: Sequence[str]) -> int:
 def _own(options: Options) -> int:
     """The suites that need no download, on one device."""
     from hymba.eval import figures, perplexity, recall_suite
-    from hymba.eval.results import check_place, write_result
+    from hymba.eval.results import check_folder_of, check_place, write_result
     from hymba.eval.subject import open_subject
 
     if options.out is not None:
         check_place(options.out, str(options.suite))
+    if options.plot is not None:
+        if options.plot.is_dir():
+            raise UserError(f"{options.plot} is a folder: --plot names a file, like recall.png")
+        figures.pyplot()  # before the work too
+        check_folder_of(options.plot)
     through = "transformers" if options.through_transformers else ""
     subject = open_subject(options.model, options.device, options.dtype, through)
     batch = 8 if options.batch == "auto" else int(options.batch)

@@ -80,6 +80,11 @@ def check_place(path: Path, kind: str) -> None:
             found = None
         if found != kind:
             raise UserError(f"{path} is no file of an evaluation of this kind: name another --out")
+    check_folder_of(path)
+
+
+def check_folder_of(path: Path) -> None:
+    """UserError where no file can be made beside `path`, which need not be there yet."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         tempfile.TemporaryFile(dir=above).close()

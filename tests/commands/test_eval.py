@@ -97,6 +97,8 @@ def test_help_is_light_and_names_the_suites(capsys: pytest.CaptureFixture[str]) 
         (("--suite", "perplexity", "--tasks", "x"), "the suite perplexity has no tasks"),
         (("--suite", "perplexity", "--lengths", "8", "9"), "takes one of --lengths"),
         (("--suite", "perplexity", "--out", "."), ". is a folder: --out names a JSON file"),
+        (("--suite", "perplexity", "--plot", "."), ". is a folder: --plot names a file"),
+        (("--suite", "recall", "--plot", "/proc/x.png"), "/proc cannot be written to"),
         (("--suite", "recall", "--out", "/proc/x.json"), "/proc cannot be written to"),
         (("--tasks", "x", "--out", "/proc/x.json"), "/proc cannot be written to"),
     ],
