@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hymba.finetune.settings import FinetuneError
+from hymba.train.claim import LOCK
 
 STARTED, DONE, METRICS, ADAPTER = "started.json", "finetune.json", "metrics.jsonl", "adapter"
 WHOLE = "whole"  # an empty file: the checkpoint it lies in was written to its end
@@ -47,7 +48,7 @@ class Folder:
             raise FinetuneError(f"{self.path} is a file: name another --out")
         done, started = self.path / DONE, self.training / STARTED
         if not done.is_file() and not started.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(file.name != LOCK for file in self.path.iterdir()):
                 raise FinetuneError(
                     f"{self.path} holds something that is no fine-tuning: name another --out"
                 )

@@ -6,6 +6,9 @@ code = run(Settings("runs/demo/hymba", data=(Path("chats.jsonl"),), out=Path("ru
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +19,11 @@ from hymba.finetune import result, trainers
 from hymba.finetune.folder import Found, step_of
 from hymba.finetune.masks import Encoder, longest
 from hymba.finetune.plan import Data, Plan, limit_of, make_data, make_plan
-from hymba.finetune.settings import Settings
+from hymba.finetune.settings import FinetuneError, Settings
 from hymba.finetune.trainers import say
 from hymba.hf import HymbaForCausalLM
 from hymba.tokenizer import Tokenizer
+from hymba.train.claim import LOCK, claimed
 from hymba.train.stop import stop_signals
 
 INTERRUPTED = 130
@@ -36,8 +40,23 @@ def run(settings: Settings) -> int:
         result.tell(plan)
         return 0
     data = make_data(plan)
-    _begin(plan, found)
-    return _train(plan, data)
+    with _alone(plan.folder.path):
+        _begin(plan, plan.folder.look(settings.fresh))  # once more: another may have ended just now
+        return _train(plan, data)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """FinetuneError where another fine-tuning goes on in the folder. Of several processes the first
+    claims it for all."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with claimed(folder) as ours:
+        if not ours:
+            raise FinetuneError(f"another fine-tuning is going on in {folder}: name another --out")
+        yield
+        (folder / LOCK).unlink(missing_ok=True)
 
 
 def _begin(plan: Plan, found: Found) -> None:

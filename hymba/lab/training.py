@@ -15,6 +15,7 @@ from hymba.model.decoder import LanguageModel
 from hymba.train import OptimConfig, Schedule, TrainConfig, Trainer, metrics
 from hymba.train.rows import Rows
 from hymba.train.store import TokenStore
+from hymba.weights import usable_device
 
 POINTS = 50  # of a loss curve that is kept
 LOOKS = 8  # at the held-out text while training
@@ -29,7 +30,9 @@ class Device:
 
     @staticmethod
     def find(asked: str = "") -> Device:
-        return Device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """UserError where the device does not exist or cannot compute."""
+        found = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+        return Device(usable_device(found).type)
 
     @property
     def precision(self) -> str:

@@ -11,13 +11,15 @@ try:
 except ImportError:  # Windows: there people must see to it themselves
     fcntl = None  # type: ignore[assignment]
 
+LOCK = "lock"  # the file in the folder by which it is held
+
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
     """Whether the folder is this process's, while the block lasts; a process that ends, however it
     ends, gives it back."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as file:
+    with open(folder / LOCK, "a") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,6 +24,7 @@ from hymba.finetune.trainers import Watch
 from hymba.hf import HymbaForCausalLM
 from hymba.tokenizer import Tokenizer
 from hymba.train import metrics
+from hymba.train.claim import claimed
 
 Tune = Callable[..., Path]
 QUICK: dict[str, Any] = {"device": "cpu", "rows": 4, "micro_rows": 2, "max_length": 64, "lr": 3e-3}
@@ -326,3 +327,15 @@ def test_bfloat16_keeps_the_bases_dtype(tune: Tune, chats: list[Any], base: Path
     assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.float32}
     adapted = tune(chats[:16], "adapted", precision="bfloat16", method="lora", lr=2e-2)
     assert steps(adapted)[-1]["loss"] < steps(adapted)[0]["loss"]
+
+
+def test_of_two_in_one_folder_the_second_is_refused(
+    tune: Tune, chats: list[Any], tmp_path: Path
+) -> None:
+    """It would delete the checkpoints that the first goes on from."""
+    with claimed(tmp_path / "out") as ours:
+        assert ours
+        with pytest.raises(FinetuneError, match="another fine-tuning is going on in"):
+            tune(chats)
+    out = tune(chats)
+    assert (out / "model.safetensors").is_file() and not (out / "lock").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hymba.errors import UserError
 from hymba.lab import jobs as machinery
 from hymba.lab import training
 from hymba.lab.jobs import Lab, Plan, jobs, results
@@ -186,3 +187,9 @@ def test_what_another_process_has_begun_is_left_to_it(lab: MakeLab, tmp_path: Pa
         assert not ours.run()  # not done: one run is missing
         assert ours.result(first) is None and ours.result(second) is not None
     assert lab(**plan).run() and ours.result(first) is not None
+
+
+def test_a_device_that_is_not_there_is_a_line(tmp_path: Path) -> None:
+    for name in ("tpu", "cuda:77"):
+        with pytest.raises(UserError, match=name):
+            training.Device.find(name)
