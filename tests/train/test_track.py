@@ -1,5 +1,6 @@
 """A run's figures in other people's viewers."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ def test_tensorboard_has_the_figures_of_a_run_that_went_on(
 
     with pytest.raises(KeyboardInterrupt):
         Trainer(new_model(), run, store, store, stop).run()
+    time.sleep(1.1)  # files of one process and second are read in the order of "10" and "9"
     Trainer(new_model(), run, store, store, lambda _: None).run()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
