@@ -7,7 +7,7 @@ architecture is equal: budget, data, order, seeds, optimiser, schedule. No torch
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hymba.errors import UserError
@@ -73,6 +73,20 @@ _SMALL = Shape(128, 7, 4, 2, 288, window=64, meta_tokens=16, ssm_state=8, multip
 _RECALL = Shape(128, 8, 4, 2, 320, window=32, meta_tokens=16, multiple=16, max_positions=2048)
 _RECALL_SMALL = Shape(64, 6, 2, 1, 160, window=8, meta_tokens=4, multiple=8, max_positions=512)
 
+_20M = Size(
+    "20m",
+    "19 M parameters, 200 M tokens each, rows of 1k, window 256 as the paper's 300M runs",
+    Shape(256, 12, 4, 2, 896, window=256, meta_tokens=128),
+    Run(steps=3052, rows=64, sequence_length=1024, peak=2e-3),
+    vocab_size=16384,
+    held_out_tokens=2_000_000,
+    recall_shape=_RECALL,
+    recall=Run(steps=4000, rows=64, sequence_length=256, peak=1e-3),
+    test_rows=256,
+    contexts=(1024, 8000),
+    batches=(1, 128),
+)
+
 SIZES = {
     size.name: size
     for size in (
@@ -105,31 +119,13 @@ SIZES = {
             contexts=(1024,),
             batches=(1, 4),
         ),
-        Size(
-            "20m",
-            "19 M parameters, 200 M tokens each, rows of 1k, window 256 as the paper's 300M runs",
-            Shape(256, 12, 4, 2, 896, window=256, meta_tokens=128),
-            Run(steps=3052, rows=64, sequence_length=1024, peak=2e-3),
-            vocab_size=16384,
-            held_out_tokens=2_000_000,
-            recall_shape=_RECALL,
-            recall=Run(steps=4000, rows=64, sequence_length=256, peak=1e-3),
-            test_rows=256,
-            contexts=(1024, 8000),
-            batches=(1, 128),
-        ),
-        Size(
-            "35m",
-            "37 M parameters, 200 M tokens each, else as 20m",
-            Shape(384, 12, 6, 2, 1152, window=256, meta_tokens=128),
-            Run(steps=3052, rows=64, sequence_length=1024, peak=1.5e-3),
-            vocab_size=16384,
-            held_out_tokens=2_000_000,
-            recall_shape=_RECALL,
-            recall=Run(steps=4000, rows=64, sequence_length=256, peak=1e-3),
-            test_rows=256,
-            contexts=(1024, 8000),
-            batches=(1, 128),
+        _20M,
+        replace(
+            _20M,
+            name="35m",
+            about="37 M parameters, 200 M tokens each, else as 20m",
+            shape=Shape(384, 12, 6, 2, 1152, window=256, meta_tokens=128),
+            language=replace(_20M.language, peak=1.5e-3),
         ),
     )
 }

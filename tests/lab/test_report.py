@@ -1,6 +1,7 @@
 """From canned runs to JSON, tables and figures; and the page is what results/ say."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,5 +222,5 @@ def test_reasons_are_of_findings_that_exist() -> None:
 def test_kept_results_have_no_paths_of_a_machine() -> None:
     for path in (ROOT / "results").glob("lab-*.json"):
         text = path.read_text(encoding="utf-8")
-        assert "/tmp/" not in text and "/home/" not in text and "/work/" not in text
+        assert not re.search(r"(?<!\w)/\w+/", text)  # any path from the root
         assert json.loads(text)
