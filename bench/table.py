@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The README's figures of a GPU, written from results/ops-*, train-*, prefill- and engine-*.json.
+"""The README's figures of a GPU, written from results/ops-*, train-*, trainer-*,
+prefill- and engine-*.json.
 
     python -m bench.table            writes them between the two markers in README.md
     python -m bench.table --check    says whether they are what the results say (1 if not)
@@ -54,6 +55,7 @@ def generate(folder: Path) -> str:
     makers: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
         ("ops", ops_table),
         ("train", train_table),
+        ("trainer", trainer_table),
         ("prefill", prefill_table),
         ("engine", engine_table),
     )
@@ -137,6 +139,44 @@ def train_table(data: Mapping[str, Any]) -> str:
         lines.append(f"| {row['name']} | {figures} | {row['peak_gib']:.0f} GiB |")
     lines += ["", f"Forward and backward; fused AdamW takes {optimiser(data)} more."]
     return "\n".join(lines)
+
+
+def trainer_table(data: Mapping[str, Any]) -> str:
+    """A line for each shape and length: ours, the twin, and its time over ours."""
+    rows = data.get("results", [])
+    gpus = data["gpus"]
+    lines = [
+        f"**`hymba train`**, whole steps of {rows[0]['tokens'] // gpus:,} tokens a GPU, AdamW"
+        " included, float32 weights, activations in bfloat16, beside an attention-only twin of as"
+        f" many parameters, on {gpus} × {data['device']} (driver {data['driver']},"
+        f" torch {data['torch']}, {data['date'][:10]}; {data['matrix_flops_per_s'] / 1e12:.0f}"
+        f" TFLOP/s in bf16 matrix products; [{data['file']}]({data['file']})):",
+        "",
+        "| | rows of | ms a step, twin | tokens a second, twin | MFU, twin | memory, twin"
+        " | time over the twin's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found = {(row["preset"], row["length"], row["plan"]): row for row in rows}
+    for preset, length in dict.fromkeys((row["preset"], row["length"]) for row in rows):
+        both = [found.get((preset, length, plan)) for plan in ("hymba", "llama")]
+        lines.append(trainer_row(preset, length, *both))
+    if any(row["recompute"] for row in rows):
+        lines += ["", "* with activations computed again in backward, for memory's sake."]
+    return "\n".join(lines)
+
+
+def trainer_row(
+    preset: str, length: int, ours: Mapping[str, Any] | None, twin: Mapping[str, Any] | None
+) -> str:
+    def cell(key: str, form: str, unit: str = "") -> str:
+        several = [format(row[key], form) for row in (ours, twin) if row]
+        return f"{' / '.join(several)}{unit}"
+
+    again = "*" if any(row and row["recompute"] for row in (ours, twin)) else ""
+    times = f"{ours['ms'] / twin['ms']:.2f}×" if ours and twin else ""
+    cells = cell("ms", ".0f"), cell("tokens_per_s", ","), cell("mfu", ".1%")
+    figures = " | ".join((*cells, cell("peak_gib", ".0f", " GiB"), times))
+    return f"| {preset}{again} | {length:,} | {figures} |"
 
 
 def optimiser(data: Mapping[str, Any]) -> str:

@@ -119,6 +119,14 @@ SIZES = {
             contexts=(1024,),
             batches=(1, 4),
         ),
+        replace(
+            _20M,
+            name="2m",
+            about="2.3 M parameters, 200 M tokens each, else as 20m: small enough to be kept",
+            shape=Shape(128, 7, 4, 2, 264, window=256, meta_tokens=128, multiple=8),
+            language=replace(_20M.language, peak=3e-3),
+            vocab_size=4096,
+        ),
         _20M,
         replace(
             _20M,

@@ -130,7 +130,7 @@ def tasks_table(data: Record) -> str:
         cells = [row["recall"].get(task, {}).get("recall", []) for task in TASKS]
         if any(cells):
             rows.append([row["variant"], *(spread(cell, ".3f") for cell in cells)])
-    chances = ["a blind guess", *(_chance(data, task) for task in TASKS)]
+    chances = ["a guess from what the row holds", *(_chance(data, task) for task in TASKS)]
     return table(["", *TASKS], [*rows, chances])
 
 

@@ -68,6 +68,25 @@ def test_rows(results: Path) -> None:
     assert made.count("4.20 TB/s copied, 785 TFLOP/s") == 3
 
 
+def test_a_training_run_beside_its_twin(tmp_path: Path) -> None:
+    step = {"preset": "hymba-1.5b", "length": 2048, "tokens": 131072, "recompute": False}
+    step |= {"tokens_per_s": 65536, "mfu": 0.4, "peak_gib": 99.6}
+    found = [
+        step | {"plan": "hymba", "ms": 1500.0},
+        step | {"plan": "llama", "ms": 1000.0},
+        step | {"plan": "hymba", "ms": 1600.0, "length": 8192, "recompute": True},
+    ]
+    data = HEAD | {"benchmark": "trainer", "gpus": 2, "matrix_flops_per_s": 7.9e14}
+    (tmp_path / "trainer-h200.json").write_text(json.dumps(data | {"results": found}))
+    made = table.generate(tmp_path)
+    assert "65,536 tokens a GPU" in made and "on 2 × NVIDIA H200" in made
+    assert [line for line in made.splitlines() if line.startswith("| hymba")] == [
+        "| hymba-1.5b | 2,048 | 1500 / 1000 | 65,536 / 65,536 | 40.0% / 40.0% | 100 / 100 GiB"
+        " | 1.50× |",
+        "| hymba-1.5b* | 8,192 | 1600 | 65,536 | 40.0% | 100 GiB |  |",
+    ]
+
+
 def test_no_results_no_figures(tmp_path: Path) -> None:
     (tmp_path / "cpu-somewhere.json").write_text("{}")
     assert table.generate(tmp_path) == "No results of a GPU are kept here."

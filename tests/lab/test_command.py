@@ -54,7 +54,7 @@ def test_it_runs_on_a_host_that_has_only_torch(tmp_path: Path) -> None:
 def test_mistakes_are_one_line() -> None:
     done = run(["--size", "huge"])
     assert done.returncode == 2 and done.stderr == (
-        "hymba: error: there is no size 'huge'; there are toy, small, 20m, 35m\n"
+        "hymba: error: there is no size 'huge'; there are toy, small, 2m, 20m, 35m\n"
     )
 
 

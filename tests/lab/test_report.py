@@ -135,7 +135,7 @@ def test_tables_say_what_was_measured(kept: Path) -> None:
     (row,) = lines(text, "| llama | attention only")
     assert "2.00 (1.50) | 1.2010 ± 0.0010 | 0.701 ± 0.001 | 0.350 ± 0.001 | 120 | 1,000 |" in row
     assert "| hymba | 2.001 | 1.001 |  |" in text  # by position; nothing was read at 32-63
-    assert "| a blind guess |" in text and "one of them holds there" in text
+    assert "| a guess from what the row holds |" in text and "one of them holds there" in text
     (finding,) = lines(text, "| hybrid against attention | held-out bits per byte")
     assert "hymba 1.001, llama 1.201 | +0.2000 (0.0030)" in finding and AGREES in finding
     (finding,) = lines(text, "| hybrid against attention | recall, lengths")

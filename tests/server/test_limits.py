@@ -151,7 +151,8 @@ def test_a_client_that_goes_frees_its_slot(serve: Any, stream: bool) -> None:
     with served.client() as client:
         if stream:
             with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # kept: one that is dropped hangs up
+                next(lines)
                 assert served.stats.running == 1
         else:
             with contextlib.suppress(httpx.ReadTimeout):
@@ -170,7 +171,8 @@ def test_a_client_that_goes_while_it_waits(serve: Any) -> None:
     served = serve(Limits(max_sequences=1))
     with served.client() as client:
         with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept: one that is dropped hangs up
+            next(lines)
             with contextlib.suppress(httpx.ReadTimeout):
                 client.post("/v1/completions", json=LONG, timeout=0.05)
             wait_for(lambda: served.stats.waiting == 0, 2)
