@@ -81,7 +81,7 @@ _20M = Size(
     vocab_size=16384,
     held_out_tokens=2_000_000,
     recall_shape=_RECALL,
-    recall=Run(steps=4000, rows=64, sequence_length=256, peak=1e-3),
+    recall=Run(steps=2000, rows=64, sequence_length=256, peak=1e-3),
     test_rows=256,
     contexts=(1024, 8000),
     batches=(1, 128),

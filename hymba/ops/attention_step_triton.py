@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hymba.ops.attention import Meta
-from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.backend import chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
 from hymba.ops.step_triton import dot_type
 
@@ -313,7 +313,7 @@ def step_operator(
     )  # fmt: skip
     shared = {
         "GROUPS": groups, "PER": per, "WIDTH_V": value_width, "BLOCK": block, "META": meta,
-        "BLOCK_E": max(16, triton.next_power_of_2(value_width)),
+        "BLOCK_E": max(16, next_power_of_2(value_width)),
         "CHAINED": tiling.chain and chains(q),
     }  # fmt: skip
     launch(
@@ -322,8 +322,8 @@ def step_operator(
         meta_k.shape[0], splits, pairs, LOG2E * width**-0.5,
         *q.stride()[:2], *store_k.stride()[:3], *store_v.stride()[:3], table.stride(0),
         *meta_k.stride()[:2], *meta_v.stride()[:2],
-        P=size if paged else 0, WIDTH_K=width, BLOCK_H=max(16, triton.next_power_of_2(width)),
-        TILE=max(16, triton.next_power_of_2(per)), DOT=dot_type(q), STAGES=tiling.stages,
+        P=size if paged else 0, WIDTH_K=width, BLOCK_H=max(16, next_power_of_2(width)),
+        TILE=max(16, next_power_of_2(per)), DOT=dot_type(q), STAGES=tiling.stages,
         ALONE=splits == 1, num_warps=tiling.warps, **shared,
     )  # fmt: skip
     if splits > 1:

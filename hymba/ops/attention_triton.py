@@ -32,7 +32,7 @@ from torch import Tensor
 
 from hymba.ops.attention import Meta, Past
 from hymba.ops.attention import attention as plain_attention
-from hymba.ops.backend import dense_last, launch, operator, wants_grad
+from hymba.ops.backend import dense_last, launch, next_power_of_2, operator, wants_grad
 from hymba.ops.segments import Segments, table
 
 LOG2E = 1.4426950408889634
@@ -373,7 +373,7 @@ def hopper(device: torch.device) -> bool:
 
 
 def width_block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -424,11 +424,14 @@ def query_items(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.lengths, ctx.window, meta_k, meta_v, _ = inputs
+    ctx.set_materialize_grads(False)  # nobody derives by the log-sum-exp
     ctx.save_for_backward(q, k, v, meta_k, meta_v, *output)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, meta_k, meta_v, out, lse = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
     dq, dk, dv, dmk, dmv = _attention_backward(
         grad, q, k, v, out, lse, ctx.lengths, ctx.window, meta_k, meta_v
     )

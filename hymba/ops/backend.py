@@ -122,20 +122,56 @@ def forget() -> None:
     backend.cache_clear()
 
 
+Keep = Callable[[Any, tuple[Any, ...], Any], None]
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class Operator:
     """A function of tensors as a custom op `hymba::<name>`: one node to a compiler.
 
-    Where nothing traces and no gradient flows it stays the plain function, which costs the host
-    far less: a decoded token is a thousand such calls."""
+    A custom op costs the host tens of microseconds more than what it does, and a training step is
+    hundreds of calls, a decoded token a thousand. So where nothing traces, a function whose
+    gradients flow is a plain autograd.Function, and any other stays the plain function."""
 
     def __init__(self, name: str, function: Callable[..., Any], mutates: Sequence[str]):
         self.function = function
         self.op = torch.library.custom_op(f"hymba::{name}", function, mutates_args=mutates)
         self.register_fake = self.op.register_fake
-        self.register_autograd = self.op.register_autograd
+        self.differentiable: Callable[..., Any] = self.op  # which refuses what has no gradients
 
     def __call__(self, *args: Any) -> Any:
-        return self.op(*args) if _watched(args) else self.function(*args)
+        if _traced():
+            return self.op(*args)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if any(type(x) not in _PLAIN for x in tensors):
+            return self.op(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_duals(tensors)
+        return (self.differentiable if wants_grad(*tensors) else self.function)(*args)
+
+    def register_autograd(
+        self, backward: Callable[..., Any], setup_context: Keep = lambda ctx, inputs, output: None
+    ) -> None:
+        """As `torch.library.custom_op` has it: setup_context(ctx, inputs, output) keeps what
+        backward(ctx, *gradients) needs."""
+        self.op.register_autograd(backward, setup_context=setup_context)
+        self.differentiable = _function(self.function, backward, setup_context).apply
+
+
+def _function(
+    function: Callable[..., Any], gradients: Callable[..., Any], keep: Keep
+) -> type[torch.autograd.Function]:
+    # Not with a setup_context of its own, for which torch looks at the signature in every call.
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = function(*args)
+            keep(ctx, args, output)
+            return output
+
+        backward = staticmethod(gradients)
+
+    return Differentiable
 
 
 def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
@@ -143,16 +179,13 @@ def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., 
     return lambda function: Operator(name, function, mutates)
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether a compiler, a dispatch mode or autograd wants to see a call."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    if forward_ad._current_level >= 0:
-        _refuse_duals(args)
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func
-        return True
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    return wants_grad(*tensors) or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+def _traced() -> bool:
+    """Whether a compiler, a dispatch mode or torch.func wants to see calls."""
+    return (
+        torch.compiler.is_compiling()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -160,10 +193,10 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _refuse_duals(args: tuple[Any, ...]) -> None:
+def _refuse_duals(tensors: Sequence[Tensor]) -> None:
     """A dual number's tangent would be lost without a word."""
-    for x in args:
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+    for x in tensors:
+        if forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 "kernels have no forward-mode derivatives: set HYMBA_BACKEND=torch"
             )
@@ -172,6 +205,19 @@ def _refuse_duals(args: tuple[Any, ...]) -> None:
 def dense_last(x: Tensor) -> Tensor:
     """x with its last dimension contiguous, as kernels read it; a view mostly is so."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+# Triton's own two, called from the host, take some microseconds each.
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest that is x or more, for x of 1 or more."""
+    return 1 << (x - 1).bit_length()
 
 
 @cache

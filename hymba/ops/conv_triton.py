@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import dense_last, launch, operator
+from hymba.ops.backend import cdiv, dense_last, launch, next_power_of_2, operator
 from hymba.ops.partials_triton import add_up, processors
 from hymba.ops.segments import Segments
 
@@ -48,14 +48,14 @@ def backward_tile(rows: int, channels: int, device: torch.device) -> Tile:
 
 def block(channels: int) -> int:
     """Four for each thread of a warp: more do not fit into its registers."""
-    return min(128, max(16, triton.next_power_of_2(channels)))
+    return min(128, max(16, next_power_of_2(channels)))
 
 
 def rows_each(rows: int, channels: int, device: torch.device, programs: int) -> int:
     """Rows of a program, where each multiprocessor is to have so many programs. A multiple of 16,
     so that kernels are compiled once."""
-    most = max(1, processors(device) * programs // triton.cdiv(channels, block(channels)))
-    return triton.cdiv(triton.cdiv(rows, most), 16) * 16
+    most = max(1, processors(device) * programs // cdiv(channels, block(channels)))
+    return cdiv(cdiv(rows, most), 16) * 16
 
 
 # -------------------------------------------------------------------------------------- kernels
@@ -349,7 +349,7 @@ def _has_places(state: Tensor | None) -> bool:
 
 
 def _grid(tile: Tile, rows: int, channels: int) -> tuple[int]:
-    return (triton.cdiv(rows, tile.rows) * triton.cdiv(channels, tile.channels),)
+    return (cdiv(rows, tile.rows) * cdiv(channels, tile.channels),)
 
 
 @operator("causal_conv_backward")
@@ -373,7 +373,7 @@ def _causal_conv_backward(
         dweights = weight.new_zeros((K + 1, channels) if want_weights else 0)
         return dx, dweights, x.new_zeros(shape)
     tile = backward_tile(rows, channels, x.device)
-    chunks = triton.cdiv(rows, tile.rows) if want_weights else 0
+    chunks = cdiv(rows, tile.rows) if want_weights else 0
     parts = x.new_empty((chunks, K + 1, channels), dtype=torch.float32)
     dstate = x.new_empty(
         (segments.count if want_state else 0, K - 1, channels), dtype=torch.float32

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch, operator
+from hymba.ops.backend import cdiv, launch, operator
 from hymba.ops.loss import IGNORE
 
 CHUNK_ROWS = 4096
@@ -126,7 +126,7 @@ def _linear_cross_entropy(
 
 
 def _padded(V: int) -> int:
-    return triton.cdiv(V, PADDING) * PADDING
+    return cdiv(V, PADDING) * PADDING
 
 
 def _pad(weight: Tensor) -> Tensor:

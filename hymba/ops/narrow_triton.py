@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.backend import cdiv, chains, dense_last, launch, operator
 from hymba.ops.chain_triton import wait
 from hymba.ops.step_triton import dot_type
 
@@ -78,7 +78,7 @@ def narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
         tile = TILING
         launch(
             _narrow_linear_kernel,
-            (triton.cdiv(rows, tile.rows), triton.cdiv(features, tile.outputs)),
+            (cdiv(rows, tile.rows), cdiv(features, tile.outputs)),
             x, weight, out, rows, features, x.stride(0), weight.stride(0), D=columns,
             ROWS=tile.rows, OUTPUTS=tile.outputs, COLUMNS=tile.columns, WARPS=tile.warps,
             STAGES=tile.stages, DOT=dot_type(x), CHAINED=chains(x, rows), num_warps=tile.warps,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
 from hymba.ops.partials_triton import add_up, processors
 
@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 
 def forward_tile(width: int, tensors: int) -> Tile:
     """For a program that reads and writes `tensors` of so many columns."""
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     rows = max(1, 2048 // columns)
     return Tile(rows, columns, min(max(rows * columns // 512, 1), 16))
 
@@ -44,7 +44,7 @@ def forward_tile(width: int, tensors: int) -> Tile:
 def backward_tile(width: int, tensors: int, size: int) -> Tile:
     """For a walk that reads rows of so many tensors, `size` bytes an element. Its stages have to
     fit in shared memory."""
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     rows = max(1, 2048 // columns)
     stages = max(1, min(4, 160_000 // (tensors * rows * columns * size)))
     if columns <= 2048:
@@ -59,7 +59,7 @@ def flat(x: Tensor) -> Tensor:
 
 def walkers(device: torch.device, tile: Tile, rows: int) -> int:
     """Programs of a backward pass: as many as run at once, or as there is work for."""
-    return min(triton.cdiv(rows, tile.rows), processors(device) * tile.programs)
+    return min(cdiv(rows, tile.rows), processors(device) * tile.programs)
 
 
 # ---------------------------------------------------------------------------------- kernels
@@ -248,7 +248,7 @@ def _norm_rows(
     more = rows if added is None else flat(added)
     tile = forward_tile(D, 4)
     launch(
-        _rms_norm_kernel, (triton.cdiv(len(rows), tile.rows),), rows, more,
+        _rms_norm_kernel, (cdiv(len(rows), tile.rows),), rows, more,
         weight.contiguous(), out,
         out if total is None else total, len(rows), rows.stride(0), more.stride(0), eps,
         ADD=added is not None, D=D, ROWS=tile.rows, COLUMNS=tile.columns,
@@ -339,7 +339,7 @@ def _fuse_heads(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: f
     D, rows, others = a.shape[-1], flat(a), flat(b)
     tile = forward_tile(D, 3)
     launch(
-        _fuse_kernel, (triton.cdiv(len(rows), tile.rows),), rows, others, a_weight.contiguous(),
+        _fuse_kernel, (cdiv(len(rows), tile.rows),), rows, others, a_weight.contiguous(),
         b_weight.contiguous(), out, len(rows), rows.stride(0), others.stride(0), eps,
         D=D, ROWS=tile.rows, COLUMNS=tile.columns, CHAINED=chains(rows, len(rows)),
         num_warps=tile.warps,

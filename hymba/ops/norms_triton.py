@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch, operator
+from hymba.ops.backend import cdiv, launch, next_power_of_2, operator
 from hymba.ops.norm_triton import Tile, flat, normed, rms_norm, through_norm, walkers
 from hymba.ops.partials_triton import add_up
 
@@ -108,7 +108,7 @@ def _three_norms(
     if not x.numel():
         return outs
     rows, weights = flat(x), [w.contiguous() for w in (w1, w2, w3)]
-    grid = (triton.cdiv(len(rows), ROWS),)
+    grid = (cdiv(len(rows), ROWS),)
     launch(
         _three_norms_kernel, grid, rows, *weights, *outs, len(rows), rows.stride(0), eps,
         **_widths(weights),
@@ -128,7 +128,7 @@ def _like_slices(
 def _widths(weights: Sequence[Tensor]) -> dict[str, int]:
     found = {"ROWS": ROWS}
     for i, weight in enumerate(weights, start=1):
-        found |= {f"D{i}": len(weight), f"C{i}": triton.next_power_of_2(len(weight))}
+        found |= {f"D{i}": len(weight), f"C{i}": next_power_of_2(len(weight))}
     return found
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import launch
+from hymba.ops.backend import cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -34,8 +34,8 @@ def add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """parts (P, ...) float32 -> their sum (...)."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     width, columns = out.numel(), 32 if out.numel() > 4096 else 8
-    grid = (triton.cdiv(width, columns),)
-    rows = min(4096 // columns, triton.next_power_of_2(parts.shape[0]))
+    grid = (cdiv(width, columns),)
+    rows = min(4096 // columns, next_power_of_2(parts.shape[0]))
     launch(_add_up, grid, parts, out, parts.shape[0], WIDTH=width, ROWS=rows, COLUMNS=columns)
     return out
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
 
 BLOCK, WARPS = 1024, 4  # pairs of a program
@@ -55,10 +55,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         return out
     rows, heads, width = x.shape
     x, cos, sin = (dense_last(t) for t in (x, cos, sin))
-    pairs = triton.next_power_of_2(width // 2)
+    pairs = next_power_of_2(width // 2)
     each = max(1, BLOCK // pairs)
     launch(
-        _rotate_kernel, (triton.cdiv(rows * heads, each),), x, cos, sin, out, rows * heads, heads,
+        _rotate_kernel, (cdiv(rows * heads, each),), x, cos, sin, out, rows * heads, heads,
         x.stride(0), x.stride(1), cos.stride(0), sin.stride(0),
         BACK=back, HALF=width // 2, ITEMS=each, PAIRS=pairs, CHAINED=chains(x, rows),
         num_warps=WARPS,

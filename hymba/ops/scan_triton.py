@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops import scan_cuda
-from hymba.ops.backend import launch, operator, wants_grad
+from hymba.ops.backend import cdiv, launch, next_power_of_2, operator, wants_grad
 from hymba.ops.segments import Segments
 
 TILE = scan_cuda.TILE
@@ -150,12 +150,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     *tensors, lengths, state, _ = inputs
     ctx.lengths = lengths
     ctx.state_rows = None if state is None else state.shape[0]
+    ctx.set_materialize_grads(False)  # of what is saved they would be large
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     *tensors, saved = ctx.saved_tensors
-    B, D, dt_bias = tensors[3], tensors[5], tensors[7]
+    u, _, A, B, _, D, _, dt_bias = tensors
+    if dy is None:
+        dy = torch.zeros_like(u)
+    if dfinal is None:
+        dfinal = saved.new_zeros(len(ctx.lengths), *A.shape)
     want = ctx.state_rows is not None and ctx.needs_input_grad[9]
     grads = _scan_backward(dy, dfinal, *tensors, ctx.lengths, saved, want)
     du, ddt, dA, dBC, dD, dz, dbias, dstate = grads
@@ -192,10 +199,10 @@ def _forward(
     shared = state is None or state.shape[0] == 1
     launch(
         _scan_kernel,
-        (triton.cdiv(channels, BLOCK), count),
+        (cdiv(channels, BLOCK), count),
         *(u, dt, z, B, C, A, D, dt_bias, state, segments.offsets(u.device), table.first_tile),
         *(y, final, saved, channels, *strides, 0 if shared else channels * n),
-        **{"n": n, "n_pad": triton.next_power_of_2(n), "BLOCK": BLOCK, "TILE": TILE},
+        **{"n": n, "n_pad": next_power_of_2(n), "BLOCK": BLOCK, "TILE": TILE},
         **{"STATE": state is not None, "SAVE": save, "num_warps": 1},
     )
     return y, final, saved
@@ -221,7 +228,7 @@ def _backward(
     (rows, channels), n, count = u.shape, A.shape[1], segments.count
     table = scan_cuda.tables(segments.lengths, scan_cuda.UNCUT, u.device)
     du, ddt, dz = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(3))
-    blocks, n_pad = triton.cdiv(channels, BLOCK), triton.next_power_of_2(n)
+    blocks, n_pad = cdiv(channels, BLOCK), next_power_of_2(n)
     wide = saved.new_empty
     dBC = wide(blocks, rows, 2 * n)
     dA, dstate = wide(count, channels, n), wide(count if want_state else 0, channels, n)

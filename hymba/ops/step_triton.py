@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -275,7 +275,7 @@ def _grid(
 ) -> tuple[tuple[int, int], dict[str, int]]:
     at_once, block, warps = tile
     cut = {"ROWS": at_once, "BLOCK": block, "num_warps": warps}
-    return (triton.cdiv(channels, block), triton.cdiv(rows, at_once)), cut
+    return (cdiv(channels, block), cdiv(rows, at_once)), cut
 
 
 @operator("conv_step", ("state",))
@@ -290,14 +290,14 @@ def conv_step(
         return out
     _in_place(state, 1)
     at_once, block, warps = CONV_TILE
-    at_once = min(at_once, triton.next_power_of_2(rows))
+    at_once = min(at_once, next_power_of_2(rows))
     grid, cut = _grid(rows, channels, (at_once, block, warps))
     launch(
         _conv_step_kernel, grid,
         x, weight, weight if bias is None else bias, state, slots, out, rows, channels,
         x.stride(0), *state.stride()[:2],
         STRIDE_WE=weight.stride(0), STRIDE_WK=weight.stride(1), TAPS=weight.shape[1],
-        BIAS=bias is not None, BLOCK_K=triton.next_power_of_2(weight.shape[1]),
+        BIAS=bias is not None, BLOCK_K=next_power_of_2(weight.shape[1]),
         CHAINED=chains(x, rows), **cut,
     )  # fmt: skip
     return out
@@ -333,7 +333,7 @@ def state_step(
         _state_step_kernel, grid,
         u, dt, A.contiguous(), B, C, D, z, dt_bias, state, slots, y, rows, channels,
         u.stride(0), dt.stride(0), B.stride(0), C.stride(0), z.stride(0), state.stride(0),
-        STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]),
+        STATES=A.shape[1], BLOCK_N=next_power_of_2(A.shape[1]),
         CHAINED=chains(u, rows), **cut,
     )  # fmt: skip
     return y
@@ -374,8 +374,8 @@ def ssm_step(
         rows, channels, u.stride(0), z.stride(0), state.stride(0), eps,
         # Constants of a model, and no multiples of 16: known, their rows load in wider pieces.
         STRIDE_LOW=low.stride(0), STRIDE_W=dt_weight.stride(0),
-        RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        STATES=A.shape[1], BLOCK_N=triton.next_power_of_2(A.shape[1]),
+        RANK=rank, BLOCK_R=max(16, next_power_of_2(rank)),
+        STATES=A.shape[1], BLOCK_N=next_power_of_2(A.shape[1]),
         DOT=dot_type(low), CHAINED=chains(u, rows), **cut,
     )  # fmt: skip
     return y
@@ -425,8 +425,8 @@ def rope_operator(
         q, k, v, cos, sin, store_k, store_v, slots, places, q_out, k_out,
         *q.stride()[:2], *strides[:4], cos.stride(0), sin.stride(0), *strides[4:],
         HEADS=heads, GROUPS=groups, HALF=width // 2, WIDTH_V=value_width,
-        BLOCK_H=triton.next_power_of_2(heads), BLOCK_G=triton.next_power_of_2(max(1, groups)),
-        BLOCK_P=triton.next_power_of_2(width // 2), BLOCK_V=triton.next_power_of_2(value_width),
+        BLOCK_H=next_power_of_2(heads), BLOCK_G=next_power_of_2(max(1, groups)),
+        BLOCK_P=next_power_of_2(width // 2), BLOCK_V=next_power_of_2(value_width),
         CHAINED=chains(q, rows), num_warps=4,
     )  # fmt: skip
     return q_out, k_out

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.backend import cdiv, chains, dense_last, launch, operator
 from hymba.ops.chain_triton import wait
 
 BLOCK, WARPS = 2048, 4  # elements of a program
@@ -65,7 +65,7 @@ def _views(*tensors: Tensor) -> list[Tensor]:
 
 
 def _grid(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.shape[1], BLOCK) * x.shape[0],)
+    return (cdiv(x.shape[1], BLOCK) * x.shape[0],)
 
 
 @operator("swiglu")

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba.ops.backend import chains, dense_last, launch, operator
+from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
 from hymba.ops.narrow_triton import narrow_linear as narrow_linear  # of `thin` too
 from hymba.ops.thin import MOST_ROWS
@@ -209,11 +209,11 @@ def _run(
     if rows > MOST_ROWS:
         raise ValueError(f"thin products are for {MOST_ROWS} rows at most, not {rows}")
     features, width = weight.shape
-    columns = max(16, triton.next_power_of_2(width))
+    columns = max(16, next_power_of_2(width))
     outputs, warps = tile_of(rows, features, columns, tensors, TILING)
     launch(
-        kernel, (triton.cdiv(features, outputs),), *args, *strides, D=width,
-        ROWS=triton.next_power_of_2(rows), COLUMNS=columns, OUTPUTS=outputs,
+        kernel, (cdiv(features, outputs),), *args, *strides, D=width,
+        ROWS=next_power_of_2(rows), COLUMNS=columns, OUTPUTS=outputs,
         CHAINED=TILING.chain and chains(weight), num_warps=warps, **options,
     )  # fmt: skip
 
