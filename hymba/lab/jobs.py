@@ -186,6 +186,7 @@ class Lab:
             return found | {"contexts": size.contexts, "batches": size.batches}
         run = size.recall if job.part == "recall" else size.language
         found |= {"seed": job.seed, "run": asdict(run), "normalize": job.variant.normalize}
+        found |= {"dt": job.variant.dt} if job.variant.dt else {}
         if job.part == "recall":
             from hymba.lab import recall
 
@@ -270,7 +271,7 @@ class Lab:
         place = self.plan.folder / job.place / "training"
         normalize = job.variant.normalize
         how = settings(place, run, job.seed, device.precision, normalize, job.size.held_out_tokens)
-        model = new_model(config, job.seed, device)
+        model = new_model(config, job.seed, device, job.variant.dt)
         return train(model, how, rows, held_out, clock.left, lambda line: self.say(f"   {line}"))
 
     def _common(self, config: Any, trained: Trained, tokens: int) -> dict[str, Any]:

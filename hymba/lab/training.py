@@ -81,9 +81,11 @@ def settings(
     )
 
 
-def new_model(config: Config, seed: int, device: Device) -> LanguageModel:
+def new_model(
+    config: Config, seed: int, device: Device, dt: tuple[float, float] | None = None
+) -> LanguageModel:
     """The same weights on every device: they are drawn on the CPU."""
-    return LanguageModel(config).init_weights(seed=seed).to(device.type)
+    return LanguageModel(config).init_weights(seed, dt).to(device.type)
 
 
 def train(

@@ -23,6 +23,7 @@ from hymba.lab.sizes import Shape, named
 from hymba.model.accounting import fit, parameters
 
 BASE = "hymba"
+MAMBAS_DT = (0.001, 0.1)
 TOLERANCE = 0.05  # reached by the smallest models only; real sizes meet the budget within 1.5 %
 Change = dict[str, Any]  # keys of presets.hymba that differ; a function is called with the shape
 Plan = Callable[..., Config]
@@ -37,6 +38,7 @@ class Variant:
     plan: Callable[[Shape, Change], Config]
     by_hidden_size: bool = False
     normalize: bool = False  # weights to unit norm after each step
+    dt: tuple[float, float] | None = None  # between which the SSM's steps start; None: as released
 
     def config(self, shape: Shape, vocab_size: int) -> Config:
         """Fitted to the base's parameters."""
@@ -145,6 +147,10 @@ _ALL = (
             hybrid(global_layers=away_from_ends)),
     Variant("more-meta", "c", "the base with twice the meta tokens (256 where it has 128)",
             "Nemotron-Flash, 2511.18890", hybrid(meta_tokens=lambda s: 2 * s.meta_tokens)),
+    Variant("own-dt", "c", "the base, the SSM's dt starts as Mamba's own (0.001 to 0.1, not 0.69)",
+            "Mamba, 2312.00752", hybrid(), dt=MAMBAS_DT),
+    Variant("mamba-own-dt", "c", "Mamba, its steps start as its own", "Mamba, 2312.00752",
+            ssm_only(), by_hidden_size=True, dt=MAMBAS_DT),
     Variant("two-global", "c", "the base, only the first and the last layer see everything",
             "Nemotron-Flash, 2511.18890", hybrid(global_layers=lambda s: (0, s.num_layers - 1))),
 )  # fmt: skip

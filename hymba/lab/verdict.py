@@ -139,6 +139,10 @@ FINDINGS: tuple[Finding, ...] = tuple(
                  bits_per_byte="avoid first and last", recall="avoid first and last"),
         _finding("twice the meta tokens", "more-meta", "hymba", "Nemotron-Flash uses 256",
                  bits_per_byte="not compared", recall="not compared"),
+        _finding("Mamba's own start", "own-dt", "hymba", "Mamba, 2312.00752",
+                 bits_per_byte="its authors' start", recall="its authors' start"),
+        _finding("Mamba's own start, in Mamba", "mamba-own-dt", "mamba", "Mamba, 2312.00752",
+                 bits_per_byte="its authors' start", recall="its authors' start"),
         _finding("three far-seeing layers, not two", "hymba", "two-global", "Nemotron-Flash tab. 8",
                  recall="keep at least two", cache="more layers, more cache"),
     )

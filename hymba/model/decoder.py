@@ -9,6 +9,7 @@ of the weights, computed once by `meta_states` and again when any weight has cha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,9 @@ class LanguageModel(nn.Module):
         return self.decoder.embed_tokens.weight.dtype
 
     @torch.no_grad()
-    def init_weights(self, seed: int | None = None) -> LanguageModel:
+    def init_weights(
+        self, seed: int | None = None, dt: tuple[float, float] | None = None
+    ) -> LanguageModel:
         """Fill every parameter, as the released code does:
 
         | parameter                      | value                                            |
@@ -258,12 +261,19 @@ class LanguageModel(nn.Module):
         | A_log                          | log(1 .. n) in every channel                     |
         | D, norms, scales               | 1                                                |
         | embedding row of pad_token_id  | 0                                                |
+
+        So every dt starts at softplus(0) = 0.69, and the slowest state halves with each token. With
+        `dt` it starts between the two, evenly in its logarithm: Mamba's own start is (0.001, 0.1).
         """
         generator = None
         if seed is not None:
             generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             _fill(name.split("."), parameter, self.config, generator)
+            if dt is not None and name.endswith("dt_bias"):
+                low, high = map(math.log, dt)
+                start = parameter.uniform_(low, high, generator=generator).exp()
+                parameter.copy_(start + torch.log(-torch.expm1(-start)))  # softplus turned round
         if self.config.pad_token_id is not None:
             self.decoder.embed_tokens.weight[self.config.pad_token_id] = 0
         return self
