@@ -160,8 +160,10 @@ def trainer_table(data: Mapping[str, Any]) -> str:
     for preset, length in dict.fromkeys((row["preset"], row["length"]) for row in rows):
         both = [found.get((preset, length, plan)) for plan in ("hymba", "llama")]
         lines.append(trainer_row(preset, length, *both))
-    if any(row["recompute"] for row in rows):
-        lines += ["", "* with activations computed again in backward, for memory's sake."]
+    notes = ["* with activations computed again in backward, for memory's sake."]
+    notes = notes if any(row["recompute"] for row in rows) else []
+    notes += [data["note"]] if "note" in data else []
+    lines += ["", " ".join(notes)] if notes else []
     return "\n".join(lines)
 
 

@@ -142,15 +142,15 @@ class HybridMixer(nn.Module):
         """The SSM branch: meta rows from zero, text rows from what the meta tokens left."""
         assert self.ssm is not None
         outs, text, meta = [], left.text, left.meta
-        conv, ssm = before.conv, before.ssm
+        conv, ssm, A = before.conv, before.ssm, self.ssm.rates(u.dtype)
         if batch.meta:
             (meta_u, u), (meta_gate, gate) = batch.split(u), batch.split(gate)
-            y, conv, ssm = self.ssm(meta_u, meta_gate, Segments((batch.meta,)), None, None)
+            y, conv, ssm = self.ssm(meta_u, meta_gate, Segments((batch.meta,)), None, None, A)
             # Not `_replace`, at which torch 2.11's compiler stops.
             meta = State(conv=conv, ssm=ssm) if meta is None else State(*meta[:2], conv, ssm)
             outs.append(y)
         if batch.segments.count:
-            y, conv, ssm = self.ssm(u, gate, batch.segments, conv, ssm)
+            y, conv, ssm = self.ssm(u, gate, batch.segments, conv, ssm, A)
             text = State(text.k, text.v, conv, ssm)
             outs.append(y)
         return torch.cat(outs) if len(outs) > 1 else outs[0], Left(text, meta)

@@ -47,10 +47,11 @@ class SSM(nn.Module):
         segments: Segments,
         conv_state: Tensor | None,
         ssm_state: Tensor | None,
+        A: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """u, gate (N, E) -> y (N, E), and what is left: conv (S, K-1, E), ssm (S, E, n).
 
-        The states before the rows are (S or 1, ...); None means zeros."""
+        The states before the rows are (S or 1, ...); None means zeros. A (E, n) is `rates`."""
         u, conv_left = ops.causal_conv(
             u, self.conv.weight.squeeze(1), self.conv.bias, segments, conv_state
         )
@@ -58,7 +59,7 @@ class SSM(nn.Module):
         y, ssm_left = ops.selective_scan(
             u=u,
             dt=self.dt_proj(dt),
-            A=self.rates(u.dtype),
+            A=A,
             B=B,
             C=C,
             D=self.D,

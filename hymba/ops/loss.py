@@ -49,9 +49,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden) if want_hidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if want_weight else None
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        read = weight.to(hidden.dtype)  # under autocast the weight is wider
         for start in range(0, hidden.shape[0], rows):
             part, goal = hidden[start : start + rows], labels[start : start + rows]
-            logits = (part @ weight.T).to(wide)
+            logits = (part @ read.T).to(wide)
             total += F.cross_entropy(logits, goal, ignore_index=IGNORE, reduction="sum")
             lse = logits.logsumexp(-1).where(goal != IGNORE, 0) if z_loss else None
             if lse is not None:
@@ -61,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = None if lse is None else 1 + 2 * z_loss * lse  # d(lse) is the softmax
             dlogits = _softmax_minus_one_hot(logits, goal, scale).to(hidden.dtype)
             if dhidden is not None:
-                torch.mm(dlogits, weight, out=dhidden[start : start + rows])
+                torch.mm(dlogits, read, out=dhidden[start : start + rows])
             if dweight is not None:
                 dweight += dlogits.T @ part
         ctx.save_for_backward(dhidden, dweight)

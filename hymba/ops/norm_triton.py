@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
+from hymba.ops.norm import kind_of
 from hymba.ops.partials_triton import add_up, processors
 
 
@@ -148,7 +149,8 @@ def _rms_norm_backward_kernel(
 @triton.jit
 def _fuse_kernel(
     a, b, a_weight, b_weight, out, rows, a_stride, b_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHAINED: tl.constexpr,
+    ROUNDED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -158,12 +160,15 @@ def _fuse_kernel(
     wait(CHAINED)
     va = tl.load(a + row * a_stride + column, mask=there, other=0.0).to(tl.float32)
     vb = tl.load(b + row * b_stride + column, mask=there, other=0.0).to(tl.float32)
-    # Every product and the sum are rounded, as in the plain op; halving is exact.
-    kind = out.dtype.element_ty
     wa, wb = wa.to(tl.float32), wb.to(tl.float32)
-    va = (normed(va, eps, D).to(a.dtype.element_ty).to(tl.float32) * wa).to(kind).to(tl.float32)
-    vb = (normed(vb, eps, D).to(b.dtype.element_ty).to(tl.float32) * wb).to(kind).to(tl.float32)
-    tl.store(out + row * D + column, (va + vb).to(kind).to(tl.float32) * 0.5, mask=there)
+    va = normed(va, eps, D).to(a.dtype.element_ty).to(tl.float32) * wa
+    vb = normed(vb, eps, D).to(b.dtype.element_ty).to(tl.float32) * wb
+    # Every product and the sum are rounded, as in the plain op, unless they are wider than what is
+    # given (under autocast); halving is exact.
+    if ROUNDED:
+        kind = out.dtype.element_ty
+        va, vb = va.to(kind).to(tl.float32), vb.to(kind).to(tl.float32)
+    tl.store(out + row * D + column, (va + vb) * 0.5, mask=there)
 
 
 @triton.jit
@@ -204,38 +209,41 @@ def _fuse_backward_kernel(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D) -> (..., D)."""
-    return _rms_norm(x, weight, eps)
+    return _rms_norm(x, weight, eps, kind_of(x, weight))
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual (..., D) -> rms_norm(x + residual), x + residual."""
-    return _add_rms_norm(x, residual, weight, eps)
+    return _add_rms_norm(x, residual, weight, eps, kind_of(x, residual, weight))
 
 
 @operator("rms_norm")
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, kind: torch.dtype) -> Tensor:
+    out = x.new_empty(x.shape, dtype=kind)
     _norm_rows(x, None, weight, out, None, eps)
     return out
 
 
 @_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+def _(x: Tensor, weight: Tensor, eps: float, kind: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=kind)
 
 
 @operator("add_rms_norm")
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, total = _like_sum(x, residual, weight)
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    out, total = _like_sum(x, residual, weight, eps, kind)
     _norm_rows(x, residual, weight, out, total, eps)
     return out, total
 
 
 @_add_rms_norm.register_fake
-def _like_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 0) -> tuple[Tensor, Tensor]:
-    kind = torch.promote_types(x.dtype, residual.dtype)
-    out = x.new_empty(x.shape, dtype=torch.promote_types(kind, weight.dtype))
-    return out, x.new_empty(x.shape, dtype=kind)
+def _like_sum(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return x.new_empty(x.shape, dtype=kind), total
 
 
 def _norm_rows(
@@ -287,7 +295,7 @@ def _(
 
 
 def _keep_for_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
+    x, weight, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
@@ -295,11 +303,11 @@ def _rms_norm_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     want = ctx.needs_input_grad[1]
     dx, dweight = _rms_norm_backward(dout, None, x, weight, ctx.eps, want)
-    return dx, dweight if want else None, None
+    return dx, dweight if want else None, None, None
 
 
 def _keep_for_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, ctx.eps = inputs
+    x, residual, weight, ctx.eps, _ = inputs
     ctx.kinds = x.dtype, residual.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], weight)
@@ -314,7 +322,7 @@ def _add_gradients(
         d, dweight = _rms_norm_backward(dout, dtotal, total, weight, ctx.eps, want)
     # One tensor serves both summands.
     dx, dresidual = (None if d is None else d.to(kind) for kind in ctx.kinds)
-    return dx, dresidual, dweight if want else None, None
+    return dx, dresidual, dweight if want else None, None, None
 
 
 _rms_norm.register_autograd(_rms_norm_gradients, setup_context=_keep_for_rms_norm)
@@ -328,12 +336,15 @@ def fuse_heads(
     attention: Tensor, ssm: Tensor, attention_weight: Tensor, ssm_weight: Tensor, eps: float
 ) -> Tensor:
     """Mean of the two normed branches, all (N, E)."""
-    return _fuse_heads(attention, ssm, attention_weight, ssm_weight, eps)
+    given = attention, ssm, attention_weight, ssm_weight
+    return _fuse_heads(*given, eps, kind_of(*given))
 
 
 @operator("fuse_heads")
-def _fuse_heads(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float) -> Tensor:
-    out = _like_mean(a, b, a_weight, b_weight)
+def _fuse_heads(
+    a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float, kind: torch.dtype
+) -> Tensor:
+    out = a.new_empty(a.shape, dtype=kind)
     if not a.numel():
         return out
     D, rows, others = a.shape[-1], flat(a), flat(b)
@@ -341,7 +352,8 @@ def _fuse_heads(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: f
     launch(
         _fuse_kernel, (cdiv(len(rows), tile.rows),), rows, others, a_weight.contiguous(),
         b_weight.contiguous(), out, len(rows), rows.stride(0), others.stride(0), eps,
-        D=D, ROWS=tile.rows, COLUMNS=tile.columns, CHAINED=chains(rows, len(rows)),
+        ROUNDED=kind in (torch.promote_types(a.dtype, a_weight.dtype), torch.float32), D=D,
+        ROWS=tile.rows, COLUMNS=tile.columns, CHAINED=chains(rows, len(rows)),
         num_warps=tile.warps,
         enable_fp_fusion=False,  # a product fused with the sum is not rounded
     )  # fmt: skip
@@ -349,11 +361,9 @@ def _fuse_heads(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: f
 
 
 @_fuse_heads.register_fake
-def _like_mean(a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float = 0) -> Tensor:
-    kinds = (b.dtype, a_weight.dtype, b_weight.dtype)
-    kind = a.dtype
-    for other in kinds:
-        kind = torch.promote_types(kind, other)
+def _(
+    a: Tensor, b: Tensor, a_weight: Tensor, b_weight: Tensor, eps: float, kind: torch.dtype
+) -> Tensor:
     return a.new_empty(a.shape, dtype=kind)
 
 
@@ -399,14 +409,14 @@ def _(
 
 
 def _keep_for_fusion(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _fusion_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     want = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     da, db, weights = _fuse_heads_backward(dout, *ctx.saved_tensors, ctx.eps, want)
-    return da, db, *(weights.unbind() if want else (None, None)), None
+    return da, db, *(weights.unbind() if want else (None, None)), None, None
 
 
 _fuse_heads.register_autograd(_fusion_gradients, setup_context=_keep_for_fusion)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hymba.ops.backend import cdiv, launch, next_power_of_2, operator
+from hymba.ops.norm import kind_of
 from hymba.ops.norm_triton import Tile, flat, normed, rms_norm, through_norm, walkers
 from hymba.ops.partials_triton import add_up
 
@@ -95,16 +96,16 @@ def _three_norms_backward_kernel(
 def rms_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> list[Tensor]:
     """x (N, D1 + D2 + ...), weights (D1), (D2), ... -> (N, D1), (N, D2), ..."""
     if len(weights) == 3:
-        return list(_three_norms(x, *weights, eps))
+        return list(_three_norms(x, *weights, eps, kind_of(x, *weights)))
     parts = x.split([len(weight) for weight in weights], dim=-1)
     return [rms_norm(part, weight, eps) for part, weight in zip(parts, weights, strict=True)]
 
 
 @operator("three_norms")
 def _three_norms(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, eps: float
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, eps: float, kind: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outs = _like_slices(x, w1, w2, w3)
+    outs = _like_slices(x, w1, w2, w3, eps, kind)
     if not x.numel():
         return outs
     rows, weights = flat(x), [w.contiguous() for w in (w1, w2, w3)]
@@ -118,9 +119,8 @@ def _three_norms(
 
 @_three_norms.register_fake
 def _like_slices(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, eps: float = 0
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, eps: float, kind: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind = torch.promote_types(x.dtype, w1.dtype)
     one, two, three = (x.new_empty(len(x), len(w), dtype=kind) for w in (w1, w2, w3))
     return one, two, three
 
@@ -173,14 +173,14 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
     x, *weights = ctx.saved_tensors
     dx, dweights = _three_norms_backward(*douts, x, *weights, ctx.eps)
-    return dx, *dweights.split([len(weight) for weight in weights]), None
+    return dx, *dweights.split([len(weight) for weight in weights]), None, None
 
 
 _three_norms.register_autograd(_gradients, setup_context=_keep)

@@ -145,6 +145,16 @@ def spread(model: LanguageModel, world: World, copies: int = 1) -> LanguageModel
     return model
 
 
+def exchange(model: LanguageModel, world: World, now: bool) -> None:
+    """Whether the next backward gives gradients to the processes whose shares they are, or keeps
+    them, whole, to be added to: once a step is enough, whatever the number of its micro-batches."""
+    if world.joined:
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(model, FSDPModule)  # `spread` has made it one
+        model.set_requires_gradient_sync(now)
+
+
 def share(parameter: Tensor) -> Tensor:
     """What this process holds of a weight: all of it where it is alone."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

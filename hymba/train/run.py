@@ -34,7 +34,7 @@ from hymba.train import metrics
 from hymba.train.claim import claimed
 from hymba.train.config import TrainConfig, TrainError
 from hymba.train.optim import clip, normalize_weights, optimizers, set_lr
-from hymba.train.parallel import World, spread
+from hymba.train.parallel import World, exchange, spread
 from hymba.train.resume import CheckpointError, Checkpoints, step_of
 from hymba.train.rows import Loader, Packed
 from hymba.train.stages import Rowmaker, Stage, stages
@@ -296,7 +296,8 @@ class Trainer:
         total = torch.zeros((), device=self.model.device)
         counted = sum(int((packed.labels >= 0).sum()) for packed in micro_batches)
         labels = self.world.sum(total + counted).clamp(min=1)
-        for packed in micro_batches:
+        for number, packed in enumerate(micro_batches, 1):
+            exchange(self.model, self.world, number == len(micro_batches))
             loss = self._nats(packed, self.config.z_loss) / labels
             (loss * self.world.size).backward()  # FSDP2 takes the mean over processes
             total += loss.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -170,11 +171,41 @@ def test_as_operators(rows: Rows) -> None:
     """What torch.compile is told of them: shapes, dtypes, and how to go back."""
     x, y = rows(5, 6).requires_grad_(), rows(5, 6, seed=1).requires_grad_()
     w, v = rows(6, seed=2).requires_grad_(), rows(6, seed=3).requires_grad_()
-    torch.library.opcheck(norm_triton._rms_norm.op, (x, w, EPS))
-    torch.library.opcheck(norm_triton._add_rms_norm.op, (x, y, w, EPS))
-    torch.library.opcheck(norm_triton._fuse_heads.op, (x, y, w, v, EPS))
+    torch.library.opcheck(norm_triton._rms_norm.op, (x, w, EPS, x.dtype))
+    torch.library.opcheck(norm_triton._add_rms_norm.op, (x, y, w, EPS, x.dtype))
+    torch.library.opcheck(norm_triton._fuse_heads.op, (x, y, w, v, EPS, torch.bfloat16))
     three = [part.detach().requires_grad_() for part in w.split([3, 1, 2])]
-    torch.library.opcheck(norms_triton._three_norms.op, (x, *three, EPS))
+    torch.library.opcheck(norms_triton._three_norms.op, (x, *three, EPS, x.dtype))
+
+
+@pytest.mark.parametrize("twin", [norm, norm_triton], ids=["torch", "triton"])
+def test_under_autocast_they_give_what_products_take(twin: Any, rows: Rows) -> None:
+    """To the bit what a wide norm and a cast behind it give; gradients are those of its values.
+
+    In float16: the interpreter cuts numbers off where bfloat16 rounds."""
+    x, y, w, v = (rows(*shape, seed=i) for i, shape in enumerate([(5, 6), (5, 6), (6,), (6,)]))
+    grad = rows(5, 6, seed=9).half()
+    calls: list[Callable[..., Any]] = [
+        lambda x, y, w, v: twin.rms_norm(x, w, EPS),
+        lambda x, y, w, v: twin.add_rms_norm(x, y, w, EPS)[0],
+        lambda x, y, w, v: twin.fuse_heads(x, y, w, v, EPS),
+    ]
+    for call in calls:
+        wide, cast = ([t.clone().requires_grad_() for t in (x, y, w, v)] for _ in range(2))
+        want = call(*wide)
+        with torch.autocast(x.device.type, torch.float16):
+            got = call(*cast)
+        assert want.dtype == torch.float32 and torch.equal(got, want.half())
+        want.backward(grad.float())
+        got.backward(grad)
+        for one, other in zip(cast, wide, strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+    with torch.autocast(x.device.type, torch.float16):
+        parts = (norms_triton if twin is norm_triton else norms).rms_norms(
+            x, w.split([3, 1, 2]), EPS
+        )
+        assert {part.dtype for part in parts} == {torch.float16}
+        assert twin.rms_norm(x.double(), w.double(), EPS).dtype == torch.float64
 
 
 @pytest.mark.gpu
