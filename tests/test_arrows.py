@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hymba"
 
 ROWS: list[list[set[str]]] = [
-    [{"errors"}],
+    [{"errors", "files"}],
     [{"config", "presets"}, {"hub"}, {"ops"}, {"tokenizer"}],
     [{"cache"}],
     [{"model"}],
@@ -33,6 +33,7 @@ PORCH = "__init__"
 TORCH_FREE = [
     "hymba",
     "hymba.errors",
+    "hymba.files",
     "hymba.config",
     "hymba.presets",
     "hymba.model.accounting",

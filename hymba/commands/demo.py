@@ -8,7 +8,6 @@ same command goes on; a second run offers to reuse what is there.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hymba.commands import choose_threads, parse
 from hymba.errors import UserError
+from hymba.files import write_json
 
 if TYPE_CHECKING:
     from hymba.commands.demo_report import Trained
@@ -122,10 +122,7 @@ def _open_folder(folder: Path, settings: _Settings, fresh: bool) -> None:
         fresh = not _reuse(folder)
     if fresh:
         _empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
-    os.replace(temporary, record)
+    write_json(record, asdict(settings), indent=None)
 
 
 def _read(record: Path) -> dict[str, Any] | None:

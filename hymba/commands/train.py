@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import tyro
 from hymba.commands import bar, choose_threads, parse
 from hymba.config import Config
 from hymba.errors import UserError
+from hymba.files import write_json
 from hymba.recipes import RECIPES, recipe
 from hymba.train.config import TrainConfig
 
@@ -207,11 +207,8 @@ def _write_settings(config: TrainConfig, command: list[str]) -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    config.folder.mkdir(parents=True, exist_ok=True)
     settings = {"command": ["hymba", *command], "versions": versions, "settings": as_json(config)}
-    unfinished = config.folder / "run.json.unfinished"
-    unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(unfinished, config.folder / "run.json")
+    write_json(config.folder / "run.json", settings)
 
 
 def _finish(model: LanguageModel, folder: Path, tokenizer: Tokenizer, bits: float | None) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from hymba.files import write_json
 from hymba.finetune.settings import FinetuneError
 from hymba.train.claim import LOCK
 
@@ -27,7 +28,7 @@ STARTED, DONE, METRICS, ADAPTER = "started.json", "finetune.json", "metrics.json
 WHOLE = "whole"  # an empty file: the checkpoint it lies in was written to its end
 # What a result may consist of, removed with --fresh; anything else in the folder stays.
 MADE = (
-    *(DONE, METRICS, f"{METRICS}.unfinished", "config.json", "generation_config.json", "LICENSE"),
+    *(DONE, METRICS, f".{METRICS}.*", "config.json", "generation_config.json", "LICENSE"),
     *("model*.safetensors", "model.safetensors.index.json", "README.md", "tokenizer*"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
@@ -136,13 +137,6 @@ def fingerprint(files: Iterable[Path]) -> str:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         whole.update(f"{file.name} {digest}\n".encode())
     return whole.hexdigest()[:16]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """The old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:

@@ -54,8 +54,8 @@ def make_plan(settings: Settings) -> Plan:
     if settings.packing and objective == "dpo":
         raise FinetuneError("--packing is for sft: pairs are compared one by one")
     base = find(settings.model)
-    if settings.out.resolve() == base.resolve():
-        raise FinetuneError("--out is the model's own folder: name another one")
+    if base.resolve().is_relative_to(settings.out.resolve()):  # --fresh would delete it
+        raise FinetuneError("--out is the model's own folder, or around it: name another one")
     precision = settings.precision or ("bfloat16" if _on_gpu(settings) else "float32")
     asked = {
         **settings.deciding(),

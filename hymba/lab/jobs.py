@@ -15,7 +15,6 @@ other has begun.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hymba import __version__
+from hymba.files import write_json
 from hymba.lab.sizes import LabError, Size, named, size_named
 from hymba.lab.variants import BASE, Variant, chosen
 from hymba.model.accounting import parameters
@@ -213,7 +213,7 @@ class Lab:
             **figures,
         }
         place = self.plan.folder / job.place
-        write_json(place / "result.json", record)
+        write_json(place / "result.json", record, indent=1)
         self.say(f"   {summary(record)}  ({time.time() - began:.0f} s)")
         return True
 
@@ -348,14 +348,6 @@ def _cpu() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from hymba.config import Config
+from hymba.files import write_text
 from hymba.model.accounting import forward_flops
 
 Record = dict[str, Any]
@@ -29,11 +29,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int = 0) -> None:
         """Open for a run that has done `step` steps: later records are dropped."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read(path) if record["step"] <= step]
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text("".join(_as_line(record) for record in kept))
-        os.replace(unfinished, path)
+        write_text(path, "".join(_as_line(record) for record in kept))
         self._file = open(path, "a")
 
     def write(self, record: Mapping[str, Any]) -> None:

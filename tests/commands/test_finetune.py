@@ -122,6 +122,7 @@ def test_mistakes_are_one_line_each(call: Call, base: Path, tmp_path: Path) -> N
         (CHATS, ["--out", tmp_path / "full"], "no fine-tuning: name another --out"),
         (CHATS, ["--out", good], "good.jsonl is a file"),
         (CHATS, ["--out", base], "the model's own folder"),
+        (CHATS, ["--out", base.parent, "--fresh"], "the model's own folder, or around"),
         (CHATS, ["--rows", "0"], "--rows must be 1 or more"),
         (CHATS, ["--lr", "2"], "--lr must be between 0 and 1"),
         (CHATS, ["--held-out", "nowhere.jsonl"], "nowhere.jsonl: No such file"),

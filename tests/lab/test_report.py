@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from hymba.errors import UserError
+from hymba.files import write_json
 from hymba.lab import report
 from hymba.lab.figures import draw, series
-from hymba.lab.jobs import TASKS, write_json
+from hymba.lab.jobs import TASKS
 from hymba.lab.options import main
 from hymba.lab.report import BEGIN, END, gather, generate, kept_results, publish
 from hymba.lab.sizes import SIZES
