@@ -111,6 +111,10 @@ class Options:
             raise UserError("the suite perplexity has no tasks: leave out --tasks")
         if self.suite == "perplexity" and len(self.lengths) > 1:
             raise UserError("the suite perplexity takes one of --lengths: it shows every position")
+        if self.suite in OWN and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(
+                f"the suite {self.suite} runs in one process: start it without torchrun"
+            )
 
     def names(self) -> tuple[str, ...]:
         """Each task once; "piqa,arc_easy" is how lm-eval's own command has it."""

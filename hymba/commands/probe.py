@@ -17,6 +17,7 @@ from hymba.errors import UserError
 EXAMPLES = (
     "runs/demo/hymba --out runs/demo/probe",
     "runs/demo/hymba --out probe --text letters.txt main.py --tokens 512",
+    "runs/demo/hymba --out probe --against runs/demo/llama",
     "nvidia/Hymba-1.5B-Base --out probe --device cuda",
 )
 
@@ -32,6 +33,8 @@ class Options:
     """A model folder or a hub id, with its tokenizer: any plan of ours (llama, mamba, hymba...)."""
     out: Path | None = None
     """Where the report goes: a new folder, or one of this command's."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """A second model, of the same texts: what the paper says of two models is decided by both."""
     text: tuple[str, ...] = ()
     """Texts to look at, one kind each. Without it small samples of prose, code, mathematics and
     dialogue."""
@@ -63,8 +66,9 @@ def main(argv: Sequence[str]) -> int:
     limits = Limits(options.tokens, options.channels, heads=heads)
     with bar() as progress:
         result, maps = probe(
-            options.model, options.text, limits, options.device, ["probe", *argv], progress
-        )
+            options.model, options.text, limits, options.device, ["probe", *argv], progress,
+            options.against,
+        )  # fmt: skip
     report.write(options.out, result, maps)
     for said in summary(result):
         print(said)

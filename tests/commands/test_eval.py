@@ -356,3 +356,12 @@ def test_suites_that_need_no_download(call: Call, tmp_path: Path) -> None:
     assert code == 0 and "bits/byte" in said and "all" in said, err
     assert "did you mean passkey" in error_of(call("--suite", "recall", "--tasks", "paskey"))
     assert "nowhere" in error_of(call("--suite", "perplexity", "--text", tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("suite", ["recall", "perplexity"])
+def test_our_suites_are_for_one_process(
+    call: Call, suite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of several would do all the work."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in error_of(call("--suite", suite))

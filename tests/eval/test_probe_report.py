@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -18,10 +19,13 @@ from torch import Tensor
 from hymba.errors import UserError
 from hymba.eval.probe import draw, report
 from hymba.eval.probe import run as running
+from hymba.eval.probe.against import kept, pairs
 from hymba.eval.probe.figures import EVERY, figures, left_out
 from hymba.eval.probe.findings import findings
 from hymba.eval.probe.run import Limits, measure, steps
 from hymba.eval.probe.texts import Text
+from hymba.tokenizer import Tokenizer
+from hymba.weights import save
 from tests.plans import plans
 
 ABOUT = {
@@ -216,6 +220,7 @@ def test_findings_are_rules() -> None:
         low, high = (1, 2) if good else (2, 1)
         return {
             "shares": side(row(0.014 * low, 0.1 * low, low), row(0.01, 0.1 * high, low)),
+            "even": [{"first": 0.002}],
             "even_without_meta": [{"first": 0.005}],
             "shares_without_meta": side(row(0.03, 0.1, high), row(0.02, 0.1, high)),
             "meta": {
@@ -236,6 +241,81 @@ def test_findings_are_rules() -> None:
     assert [found.agrees for found in findings(made(False))] == [False] * 8 + [None]
     level = made(True) | {"even_without_meta": [{"first": 0.04}]}
     assert findings(level)[0].agrees is None and "no drain" in findings(level)[0].here
+
+
+def test_two_models_decide_what_is_said_of_two(
+    lively: Any, tiny: Any, texts: list[Text], tmp_path: Path
+) -> None:
+    """Both models' numbers are those of their own reports; a second model of the wrong kind leaves
+    the statement as it was."""
+    here, maps = looked(lively(tiny("hymba")), texts)
+    others = {
+        name: looked(lively(tiny(name)), texts)[0] for name in ("llama", "sequential", "mamba")
+    }
+    alone = findings(here)
+    said = {}
+    for name, other in others.items():
+        result = here | {"against": kept(other | {"model": name})}
+        said[name] = [x.here != y.here for x, y in zip(findings(result), alone, strict=True)]
+        report.write(tmp_path / name, result, maps)
+        written = json.loads((tmp_path / name / "probe.json").read_text())
+        assert written["against"]["field"] == other["field"]
+        assert all(math.isfinite(x) for x in numbers(written["pairs"]))
+        page = (tmp_path / name / "index.html").read_text()
+        assert "Beside a second model" in page and "tiny</script>" not in page
+        found = {pair.what: pair for pair in pairs(result)}
+        field = found["receptive field of all heads, tokens"]
+        assert (field.here, field.there) == tuple(x["field"]["mean"]["both"] for x in (here, other))
+        assert ("attention on the first token, %" in found) == (name != "mamba")
+        assert ("entropy of the SSM seen as attention, bits" in found) == (name != "llama")
+    drain, entropy, of_ssm, field = 0, 2, 3, 8
+    assert [i for i in range(9) if said["llama"][i]] == [drain, entropy]
+    assert [i for i in range(9) if said["sequential"][i]] == [drain, entropy, of_ssm, field]
+    assert [i for i in range(9) if said["mamba"][i]] == [of_ssm]
+
+
+def test_a_second_model_on_the_command_line(
+    lively: Any, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tyro", reason="the command line needs tyro")
+    from hymba import cli
+
+    tokenizer = Tokenizer.train(["to be or not to be\n"] * 9, 270)
+    for name in ("hymba", "llama"):
+        config = dataclasses.replace(tiny(name), vocab_size=tokenizer.vocab_size)
+        save(lively(config), tmp_path / name, tokenizer)
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 30)
+    words = ["--text", str(tmp_path / "text.txt"), "--tokens", "20", "--heads", "none"]
+    one = ["probe", str(tmp_path / "hymba"), "--out", str(tmp_path / "out"), *words]
+    one += ["--device", "cpu", "--threads", "1"]
+    assert cli.main([*one, "--against", str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert cli.main([*one, "--against", str(tmp_path / "llama")]) == 0
+    assert str(tmp_path / "llama") in capsys.readouterr().out
+    written = json.loads((tmp_path / "out/probe.json").read_text())
+    assert written["model"] == str(tmp_path / "hymba")
+    assert written["against"]["model"] == str(tmp_path / "llama") and written["pairs"]
+
+
+def test_verdicts_of_two_models_turn_with_their_numbers(
+    lively: Any, tiny: Any, texts: list[Text]
+) -> None:
+    here, other = (looked(lively(tiny(plan)), texts)[0] for plan in ("hymba", "sequential"))
+
+    def agrees(first: float, bits: float, tokens: float) -> list[bool | None]:
+        """With these numbers in the second model: drain, entropies, field."""
+        changed = json.loads(json.dumps(kept(other)))
+        changed["shares"]["attention"]["mean"]["first"] = first
+        for side in changed["shares"].values():
+            for layer in filter(None, side["layers"]):
+                layer["entropy_bits"] = bits
+        changed["field"]["mean"]["both"] = tokens
+        found = findings(here | {"against": changed})
+        return [found[i].agrees for i in (0, 2, 3, 8)]
+
+    reach = here["field"]["mean"]["both"]
+    assert agrees(0.9, 99.0, 0.49 * reach) == [True] * 4
+    assert agrees(1e-6, 1e-6, 0.51 * reach) == [None, False, False, False]
 
 
 def test_drawings_are_well_formed_whatever_is_drawn() -> None:

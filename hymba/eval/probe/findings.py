@@ -2,12 +2,15 @@
 
 The paper speaks of models of 300 million parameters and more, trained on 100 billion tokens;
 whether a small one agrees is a fact about that one. A rule decides, nobody's eye: True, False, or
-None where the model lacks what the statement is about.
+None where the model lacks what the statement is about. Where the paper compares two models and a
+second one was looked at too (against.py), the two decide.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+from hymba.eval.probe.against import by_turns, even, without_meta
 
 Record = dict[str, Any]
 
@@ -19,6 +22,7 @@ class Finding(NamedTuple):
 
 
 DRAIN = 2  # times what even attention gives the first token: from here on it is a drain
+FURTHER = 2  # times the tokens back of heads by turns: from here on it is "much further"
 NO_META, NO_HYBRID = "the model has no meta tokens", "the model has no layer with both branches"
 
 
@@ -41,22 +45,24 @@ def _drain(result: Record) -> Finding:
     if "attention" not in result["shares"]:
         return Finding(said, "the model has no attention", None)
     without, a = result["shares_without_meta"], result["shares"]["attention"]["mean"]
-    b = without["attention"]["mean"] if without else a
-    even = _even(result["even_without_meta"] if without else result["even"])
+    b, level, where = a, even(result["even"], "first"), "without meta tokens"
+    if (other := without_meta(result, "attention")) is not None:
+        b, level = other["shares"]["attention"]["mean"], even(other["even"], "first")
+        where = f"in {other['model']}"
+    elif without:
+        b, level = without["attention"]["mean"], even(result["even_without_meta"], "first")
     here = (
-        f"the first token gets {_percent(b['first'])} without meta tokens, where even attention"
-        f" would give it {_percent(even)}"
+        f"the first token gets {_percent(b['first'])} {where}, where even attention"
+        f" would give it {_percent(level)}"
     )
     if without:
-        here += f", and {_percent(a['first'])} with them; they get {_percent(a['meta'])}"
-    if b["first"] <= DRAIN * even:
+        here += (
+            f", and {_percent(a['first'])} with them ({_percent(even(result['even'], 'first'))} if"
+            f" even); they get {_percent(a['meta'])}"
+        )
+    if b["first"] <= DRAIN * level:
         return Finding(said, f"{here}: there is no drain to take over", None)
     return Finding(said, here, a["first"] < b["first"] / 2 if without else None)
-
-
-def _even(rows: list[Record | None]) -> float:
-    found = [row["first"] for row in rows if row is not None]
-    return sum(found) / len(found)
 
 
 def _shares(result: Record) -> Finding:
@@ -74,16 +80,22 @@ def _shares(result: Record) -> Finding:
 
 def _entropy(result: Record, branch: str, where: str) -> Finding:
     said = f"Meta tokens lower the entropy {where}"
-    without = result["shares_without_meta"]
-    if not without or branch not in without:
+    other, without = without_meta(result, branch), result["shares_without_meta"]
+    bare, named = without, "with them taken away from the same weights"
+    if other is not None:
+        bare, named = other["shares"], f"in {other['model']}"
+    if not bare or branch not in bare:
         return Finding(said, NO_META, None)
-    rows = zip(result["shares"][branch]["layers"], without[branch]["layers"], strict=True)
+    # A second model may have more layers, and these heads in other ones: those that both have.
+    rows = zip(result["shares"][branch]["layers"], bare[branch]["layers"], strict=False)
     pairs = [(a["entropy_bits"], b["entropy_bits"]) for a, b in rows if a and b]
+    if not pairs:
+        return Finding(said, f"these heads stand in other layers {named}", None)
     lower = sum(a < b for a, b in pairs)
     mean = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
     here = (
         f"lower in {lower} of {len(pairs)} layers; mean {mean[0]:.2f} bits with,"
-        f" {mean[1]:.2f} with them taken away from the same weights"
+        f" {mean[1]:.2f} {named}"
     )
     return Finding(said, here, lower > len(pairs) / 2)
 
@@ -157,7 +169,11 @@ def _field(result: Record) -> Finding:
     said = "Side by side, heads look much further back than by turns (figure 11, equation 5)"
     mean = result["field"]["mean"]
     here = "; ".join(f"{kind} {tokens:.1f} tokens" for kind, tokens in mean.items())
-    return Finding(said, f"{here}: a comparison needs a second model's report", None)
+    if (other := by_turns(result)) is None:
+        return Finding(said, f"{here}: a comparison needs a second model (--against)", None)
+    there = other["field"]["mean"]
+    here += f"; {other['model']}, by turns, {there['both']:.1f} tokens"
+    return Finding(said, here, mean["both"] > FURTHER * there["both"])
 
 
 def _percent(share: float) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from hymba.errors import UserError
+from hymba.eval.probe.against import cell, pairs
 from hymba.eval.probe.figures import EVERY, Figure, figures, left_out
 from hymba.eval.probe.findings import Finding, findings
 
@@ -62,6 +63,8 @@ def write(out: Path, result: Record, maps: Record) -> list[str]:
         drawn = list(figures(result))
         found = [finding._asdict() for finding in findings(result)]
         result = {**result, "paper": found, "left_out": left_out(result)}
+        if "against" in result:
+            result["pairs"] = [pair._asdict() for pair in pairs(result)]
         texts = {
             "index.html": page(result, maps, drawn),
             MADE: json.dumps(result, indent=1) + "\n",
@@ -94,6 +97,7 @@ def page(result: Record, maps: Record, drawn: Sequence[Figure]) -> str:
         "script": script,
         "facts": _facts(result),
         "findings": _findings([Finding(**finding) for finding in result["paper"]]),
+        "against": _against(result) if "against" in result else "",
         "figures": "\n".join(map(_figure, drawn)),
         "left": "".join(f"<li>{escape(said)}</li>" for said in result["left_out"]),
         # "<" could end the script element early, whatever a text says.
@@ -130,6 +134,24 @@ def _findings(found: Sequence[Finding]) -> str:
         for one in found
     ]
     return "".join(rows)
+
+
+def _against(result: Record) -> str:
+    names = "".join(
+        f'<th scope="col">{escape(x["model"])}</th>' for x in (result, result["against"])
+    )
+    rows = "".join(
+        f"<tr><td>{escape(pair.what)}</td><td>{cell(pair.here)}</td>"
+        f"<td>{cell(pair.there)}</td></tr>"
+        for pair in pairs(result)
+    )
+    return (
+        '<section id="against"><h2>Beside a second model</h2><p>Both have read the same texts. They'
+        " may differ in more than a statement is about.</p>"
+        '<div class="scroll" tabindex="0" role="group" aria-label="Beside a second model: table">'
+        f'<table><thead><tr><th scope="col">Mean over layers and texts</th>{names}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></section>"
+    )
 
 
 def _figure(figure: Figure) -> str:

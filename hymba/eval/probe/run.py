@@ -19,6 +19,7 @@ import torch
 from hymba import hub
 from hymba.config import Config
 from hymba.errors import UserError
+from hymba.eval.probe.against import kept
 from hymba.eval.probe.attention import attention_rows, even_rows
 from hymba.eval.probe.field import field
 from hymba.eval.probe.hidden import channels, hidden_rows
@@ -84,10 +85,16 @@ def probe(
     device: str | None,
     command: Sequence[str],
     begin: Callable[[int], Tick] = lambda steps: lambda what: None,
+    against: str | None = None,
 ) -> tuple[Record, Record]:
-    """Load a model and texts, measure, and say how it was done: -> (probe.json, maps)."""
+    """Load a model and texts, measure, and say how it was done: -> (probe.json, maps). Another
+    model to set it `against` looks at the same texts first."""
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = hub.find(name)
+    other = None
+    if against is not None:
+        few = dataclasses.replace(limits, heads=False)
+        other = kept(probe(against, files, few, device, command, begin)[0])
     tokenizer = Tokenizer.from_folder(folder)
     model = load(folder, target, "float32")
     config = model.config
@@ -117,7 +124,7 @@ def probe(
             for text in texts
         ],
     }
-    return about | found, maps
+    return about | found | ({"against": other} if other else {}), maps
 
 
 def measure(
