@@ -185,7 +185,7 @@ def _build(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     pad = {"pad_token_id": tokenizer.pad_id}
     plan = config.model.replace(vocab_size=tokenizer.vocab_size, **ids, **pad)
-    return LanguageModel(plan).init_weights(seed=config.seed)
+    return LanguageModel(plan).init_weights(config.seed, config.dt_start)
 
 
 def _reads_otherwise(model: LanguageModel, tokenizer: Tokenizer) -> bool:

@@ -270,13 +270,20 @@ class LanguageModel(nn.Module):
             generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             _fill(name.split("."), parameter, self.config, generator)
-            if dt is not None and name.endswith("dt_bias"):
-                low, high = map(math.log, dt)
-                start = parameter.uniform_(low, high, generator=generator).exp()
-                parameter.copy_(start + torch.log(-torch.expm1(-start)))  # softplus turned round
+        if dt is not None:  # after all others, which are the same with it and without
+            for name, parameter in self.named_parameters():
+                if name.endswith("dt_bias"):
+                    _fill_dt(parameter, dt, generator)
         if self.config.pad_token_id is not None:
             self.decoder.embed_tokens.weight[self.config.pad_token_id] = 0
         return self
+
+
+def _fill_dt(parameter: Tensor, dt: tuple[float, float], generator: torch.Generator | None) -> None:
+    """What softplus makes numbers of that lie between the two, evenly in their logarithm."""
+    low, high = map(math.log, dt)
+    start = parameter.uniform_(low, high, generator=generator).exp()
+    parameter.copy_(start + torch.log(-torch.expm1(-start)))
 
 
 def _fill(

@@ -139,6 +139,9 @@ class TrainConfig:
     """The architecture: a preset, or a folder with a config.json."""
     start_from: str | None = None
     """A model folder or hub id whose weights to start from, instead of random ones."""
+    dt_start: tuple[float, float] | None = None
+    """Between which the SSM's dt starts (Mamba's own start: 0.001 0.1; see docs/log.md); without it
+    all of it at 0.69, as in the released code."""
     data: DataConfig = field(default_factory=DataConfig)
     rows: int = 8
     """Rows per step; tokens per step = rows * sequence_length."""
@@ -198,6 +201,12 @@ class TrainConfig:
             raise TrainError(f"minutes is {self.minutes}, but must be 0 or more")
         if self.precision not in ("float32", "bfloat16"):
             raise TrainError(f"precision {self.precision!r} is unknown: use float32 or bfloat16")
+        if self.dt_start is not None and not 0 < self.dt_start[0] <= self.dt_start[1] < math.inf:
+            raise TrainError(
+                f"dt_start is {self.dt_start}, but must be two numbers above 0, rising"
+            )
+        if self.dt_start is not None and self.start_from is not None:
+            raise TrainError("dt_start is for new weights: leave it out, or start_from")
         if self.resume not in ("auto", "never"):
             raise TrainError(f"resume {self.resume!r} is unknown: use auto or never")
         self._check_extension()

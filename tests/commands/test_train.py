@@ -89,6 +89,20 @@ def test_the_same_command_goes_on(train: Callable[..., tuple[int, str, str]]) ->
     assert json.loads(Path("run/run.json").read_text())["settings"]["seed"] == 0
 
 
+def test_where_dt_starts(train: Callable[..., tuple[int, str, str]]) -> None:
+    given = [SMALL, "--dt-start", "0.001", "0.1"]
+    assert train(*given, "--schedule.peak", "1e-9", "--schedule.warmup", "0")[0] == 0
+    steps = [
+        torch.nn.functional.softplus(p)
+        for n, p in load("run/model").named_parameters()
+        if n.endswith("dt_bias")
+    ]
+    assert steps and all(0.9e-3 < step.min() and step.max() < 0.11 for step in steps)
+    code, _, err = train(*given, "--start-from", "run/model", "--folder", "more")
+    assert code == 2 and "dt_start is for new weights" in err
+    assert train(SMALL, "--dt-start", "0.1", "0.01", "--folder", "more")[0] == 2
+
+
 def test_weights_to_start_from(train: Callable[..., tuple[int, str, str]]) -> None:
     assert train(SMALL)[0] == 0
     more = ["--start-from", "run/model", "--data.tokenizer", "run/model", "--folder", "more"]

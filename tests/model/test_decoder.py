@@ -227,6 +227,24 @@ def test_init_weights_is_repeatable(tiny: Tiny) -> None:
     assert not torch.equal(one["decoder.embed_tokens.weight"], other["decoder.embed_tokens.weight"])
 
 
+def test_dt_may_start_elsewhere(tiny: Tiny) -> None:
+    """Evenly in its logarithm; all other weights are what they are without it."""
+    make = partial(LanguageModel, tiny("hymba"))
+    plain, other = (
+        make().init_weights(3).state_dict(),
+        make().init_weights(3, (1e-3, 0.1)).state_dict(),
+    )
+    starts = []
+    for name, p in other.items():
+        if name.endswith("dt_bias"):
+            starts.append(F.softplus(p).log10())
+        else:
+            assert torch.equal(p, plain[name]), name
+    found = torch.cat(starts)
+    assert found.min() > -3.001 and found.max() < -0.999
+    assert found.mean().item() == pytest.approx(-2, abs=4 * 2 / (12 * len(found)) ** 0.5)
+
+
 def test_a_model_without_special_tokens_can_be_made(tiny: Tiny) -> None:
     config = tiny("hymba").replace(pad_token_id=None)
     weight = LanguageModel(config).init_weights(0).decoder.embed_tokens.weight
