@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- from results/, by bench/table.py -->", "<!-- end of bench/table.py -->"
+UNSTEADY = 0.1  # of a step's median: a slower one than that is told
 PEERS = {
     "mamba-ssm": "mamba-ssm",
     "flex": "FlexAttention",
@@ -152,16 +153,19 @@ def trainer_table(data: Mapping[str, Any]) -> str:
         f" torch {data['torch']}, {data['date'][:10]}; {data['matrix_flops_per_s'] / 1e12:.0f}"
         f" TFLOP/s in bf16 matrix products; [{data['file']}]({data['file']})):",
         "",
-        "| | rows of | ms a step, twin | tokens a second, twin | MFU, twin | memory, twin"
+        "| | rows of | at once | ms a step, twin | tokens a second, twin | MFU, twin | memory, twin"
         " | time over the twin's |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     found = {(row["preset"], row["length"], row["plan"]): row for row in rows}
     for preset, length in dict.fromkeys((row["preset"], row["length"]) for row in rows):
         both = [found.get((preset, length, plan)) for plan in ("hymba", "llama")]
         lines.append(trainer_row(preset, length, *both))
-    notes = ["* with activations computed again in backward, for memory's sake."]
-    notes = notes if any(row["recompute"] for row in rows) else []
+    notes = []
+    if any(row["recompute"] for row in rows):
+        notes.append("* with activations computed again in backward, for memory's sake.")
+    if any(row["spread"] > UNSTEADY for row in rows):
+        notes.append("(+n%): how much longer the slowest timed step took than the median one.")
     notes += [data["note"]] if "note" in data else []
     lines += ["", " ".join(notes)] if notes else []
     return "\n".join(lines)
@@ -170,15 +174,21 @@ def trainer_table(data: Mapping[str, Any]) -> str:
 def trainer_row(
     preset: str, length: int, ours: Mapping[str, Any] | None, twin: Mapping[str, Any] | None
 ) -> str:
-    def cell(key: str, form: str, unit: str = "") -> str:
-        several = [format(row[key], form) for row in (ours, twin) if row]
-        return f"{' / '.join(several)}{unit}"
+    there = [row for row in (ours, twin) if row]
 
-    again = "*" if any(row and row["recompute"] for row in (ours, twin)) else ""
+    def cell(key: str, form: str, unit: str = "") -> str:
+        return f"{' / '.join(format(row[key], form) for row in there)}{unit}"
+
+    steps = " / ".join(
+        f"{row['ms']:.0f}"
+        + "*" * row["recompute"]
+        + (f" (+{row['spread']:.0%})" if row["spread"] > UNSTEADY else "")
+        for row in there
+    )
     times = f"{ours['ms'] / twin['ms']:.2f}×" if ours and twin else ""
-    cells = cell("ms", ".0f"), cell("tokens_per_s", ","), cell("mfu", ".1%")
-    figures = " | ".join((*cells, cell("peak_gib", ".0f", " GiB"), times))
-    return f"| {preset}{again} | {length:,} | {figures} |"
+    at_once = f"{there[0]['micro_tokens']:,}"
+    cells = steps, cell("tokens_per_s", ","), cell("mfu", ".1%"), cell("peak_gib", ".0f", " GiB")
+    return f"| {' | '.join((preset, f'{length:,}', at_once, *cells, times))} |"
 
 
 def optimiser(data: Mapping[str, Any]) -> str:

@@ -5,20 +5,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 from pathlib import Path
 from typing import Any
 
+LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}")
+
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside its place, in the same folder (made if absent), then renamed."""
+    """Written beside its place, in the same folder (made if absent), then renamed. Bytes of a
+    command line or a file's name that are not UTF-8 are written as they were."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a kill has left this file: of no use, and in nobody's way."""
+    return LEFTOVER.fullmatch(path.name) is not None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hymba.commands import choose_threads, parse
 from hymba.errors import UserError
-from hymba.files import write_json
+from hymba.files import is_leftover, write_json
 
 if TYPE_CHECKING:
     from hymba.commands.demo_report import Trained
@@ -110,7 +110,8 @@ def _open_folder(folder: Path, settings: _Settings, fresh: bool) -> None:
     record = folder / RECORD
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name another --folder")
-    if folder.is_dir() and any(folder.iterdir()) and not record.is_file():
+    others = folder.iterdir() if folder.is_dir() and not record.is_file() else ()
+    if not all(map(is_leftover, others)):
         raise UserError(f"{folder} holds something that is no demo: name another --folder")
     if record.is_file() and not fresh:
         before = _read(record)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from hymba.files import write_json
+from hymba.files import is_leftover, write_json
 from hymba.finetune.settings import FinetuneError
 from hymba.train.claim import LOCK
 
@@ -28,7 +28,7 @@ STARTED, DONE, METRICS, ADAPTER = "started.json", "finetune.json", "metrics.json
 WHOLE = "whole"  # an empty file: the checkpoint it lies in was written to its end
 # What a result may consist of, removed with --fresh; anything else in the folder stays.
 MADE = (
-    *(DONE, METRICS, f".{METRICS}.*", "config.json", "generation_config.json", "LICENSE"),
+    *(DONE, METRICS, "config.json", "generation_config.json", "LICENSE"),
     *("model*.safetensors", "model.safetensors.index.json", "README.md", "tokenizer*"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
@@ -49,7 +49,7 @@ class Folder:
             raise FinetuneError(f"{self.path} is a file: name another --out")
         done, started = self.path / DONE, self.training / STARTED
         if not done.is_file() and not started.is_file():
-            if self.path.is_dir() and any(file.name != LOCK for file in self.path.iterdir()):
+            if self.path.is_dir() and not all(map(self._is_nothing, self.path.iterdir())):
                 raise FinetuneError(
                     f"{self.path} holds something that is no fine-tuning: name another --out"
                 )
@@ -58,6 +58,11 @@ class Folder:
             return "nothing"  # that is worth keeping
         self._same(done if done.is_file() else started)
         return "a result" if done.is_file() else "a run"
+
+    def _is_nothing(self, file: Path) -> bool:
+        """What a kill may have left at the very beginning."""
+        begun = file == self.training and not any(self._checkpoints(whole=True))
+        return file.name == LOCK or is_leftover(file) or begun
 
     def begin(self, found: Found) -> None:
         """Make the folder ready to train in."""
@@ -87,6 +92,8 @@ class Folder:
         for pattern in MADE:
             for file in self.path.glob(pattern):
                 file.unlink()
+        for file in filter(is_leftover, self.path.glob(".*")):
+            file.unlink()
 
     # ---- checkpoints
 

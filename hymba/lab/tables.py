@@ -92,8 +92,8 @@ def _figures(row: Record) -> list[str]:
         spread(language["bits_per_byte"], ".4f") if language else "",
         spread(recall, ".3f"),
         spread(beyond, ".3f"),
-        f"{statistics.median(longest(cost)['tokens_per_s']):,.0f}" if cost else "",
-        f"{statistics.median(cost['training']['tokens_per_s']):,.0f}" if cost else "",
+        speed(longest(cost)["tokens_per_s"]) if cost else "",
+        speed(cost["training"]["tokens_per_s"]) if cost else "",
         f"{longest(cost)['cache_bytes']['at_context'] / 1e6:.3g}" if cost else "",
     ]
 
@@ -115,6 +115,13 @@ def longest(cost: Record) -> Record:
     """Of the decoding figures those of the longest context and the largest batch."""
     found: Record = max(cost["decoding"], key=lambda row: (row["context"], row["batch"]))
     return found
+
+
+def speed(values: Sequence[float]) -> str:
+    """The geometric mean, as the verdict takes it; from where to where if that is far."""
+    middle = f"{statistics.geometric_mean(values):,.0f}"
+    far = max(values) > 1.1 * min(values)
+    return f"{middle} ({min(values):,.0f} to {max(values):,.0f})" if far else middle
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -198,7 +205,8 @@ def _finding(finding: Finding, data: Record, reasons: Mapping[str, str]) -> list
     if verdict is None:
         return None
     metric = METRICS[finding.metric]
-    this, than = (statistics.fmean(found[name]) for name in (finding.this, finding.than))
+    mean = statistics.geometric_mean if metric.ratio else statistics.fmean
+    this, than = (mean(found[name]) for name in (finding.this, finding.than))
     of = "" if finding.metric not in ("recall", "beyond") or len(tasks) == len(TASKS) else (
         f" ({', '.join(tasks)})"
     )  # fmt: skip

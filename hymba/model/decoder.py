@@ -265,6 +265,8 @@ class LanguageModel(nn.Module):
         So every dt starts at softplus(0) = 0.69, and the slowest state halves with each token. With
         `dt` it starts between the two, evenly in its logarithm: Mamba's own start is (0.001, 0.1).
         """
+        if dt is not None and not 1e-30 < dt[0] <= dt[1] < 20:
+            raise ValueError(f"dt must start between two numbers above 0 and below 20, not {dt}")
         generator = None
         if seed is not None:
             generator = torch.Generator(self.device).manual_seed(seed)

@@ -140,13 +140,13 @@ class Operator:
         self.differentiable: Callable[..., Any] = self.op  # which refuses what has no gradients
 
     def __call__(self, *args: Any) -> Any:
-        if _traced():
+        if torch.compiler.is_compiling():
             return self.op(*args)
         tensors = [x for x in args if isinstance(x, Tensor)]
-        if any(type(x) not in _PLAIN for x in tensors):
-            return self.op(*args)
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0:  # of torch.func.jvp too
             _refuse_duals(tensors)
+        if _watched() or any(type(x) not in _PLAIN for x in tensors):
+            return self.op(*args)
         return (self.differentiable if wants_grad(*tensors) else self.function)(*args)
 
     def register_autograd(
@@ -179,13 +179,10 @@ def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., 
     return lambda function: Operator(name, function, mutates)
 
 
-def _traced() -> bool:
-    """Whether a compiler, a dispatch mode or torch.func wants to see calls."""
-    return (
-        torch.compiler.is_compiling()
-        or bool(torch._C._len_torch_dispatch_stack())
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def _watched() -> bool:
+    """Whether a dispatch mode or torch.func wants to see calls."""
+    watching = bool(torch._C._len_torch_dispatch_stack())
+    return watching or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -2,8 +2,9 @@
 
 Statistics in float32 (float64 for float64), cast back to the input's dtype, then times the weight:
 the order of the released code, which matters in bfloat16. What a norm gives is read by products,
-so under autocast it has the dtype that they take (`kind_of`): the values are the same, without a
-wide copy that would be cast at each reading.
+so under autocast it has the dtype that they take (`kind_of`): the values are those of a wide norm
+and a cast, without the wide copy. (B and C, too, go to the scan so, and the last norm's output is
+no wider than what the head reads.)
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ def kind_of(x: Tensor, *others: Tensor) -> torch.dtype:
     kind = x.dtype
     for other in others:
         kind = torch.promote_types(kind, other.dtype)
-    if kind != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return kind
+    device = x.device.type
+    if kind == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return kind
+    return torch.get_autocast_dtype(device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

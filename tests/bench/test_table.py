@@ -70,20 +70,21 @@ def test_rows(results: Path) -> None:
 
 def test_a_training_run_beside_its_twin(tmp_path: Path) -> None:
     step = {"preset": "hymba-1.5b", "length": 2048, "tokens": 131072, "recompute": False}
+    step |= {"spread": 0.02, "micro_tokens": 16384}
     step |= {"tokens_per_s": 65536, "mfu": 0.4, "peak_gib": 99.6}
     found = [
         step | {"plan": "hymba", "ms": 1500.0},
         step | {"plan": "llama", "ms": 1000.0},
-        step | {"plan": "hymba", "ms": 1600.0, "length": 8192, "recompute": True},
+        step | {"plan": "hymba", "ms": 1600.0, "length": 8192, "recompute": True, "spread": 0.23},
     ]
     data = HEAD | {"benchmark": "trainer", "gpus": 2, "matrix_flops_per_s": 7.9e14}
     (tmp_path / "trainer-h200.json").write_text(json.dumps(data | {"results": found}))
     made = table.generate(tmp_path)
     assert "65,536 tokens a GPU" in made and "on 2 × NVIDIA H200" in made
     assert [line for line in made.splitlines() if line.startswith("| hymba")] == [
-        "| hymba-1.5b | 2,048 | 1500 / 1000 | 65,536 / 65,536 | 40.0% / 40.0% | 100 / 100 GiB"
-        " | 1.50× |",
-        "| hymba-1.5b* | 8,192 | 1600 | 65,536 | 40.0% | 100 GiB |  |",
+        "| hymba-1.5b | 2,048 | 16,384 | 1500 / 1000 | 65,536 / 65,536 | 40.0% / 40.0%"
+        " | 100 / 100 GiB | 1.50× |",
+        "| hymba-1.5b | 8,192 | 16,384 | 1600* (+23%) | 65,536 | 40.0% | 100 GiB |  |",
     ]
 
 

@@ -339,3 +339,16 @@ def test_of_two_in_one_folder_the_second_is_refused(
             tune(chats)
     out = tune(chats)
     assert (out / "model.safetensors").is_file() and not (out / "lock").exists()
+
+
+def test_a_folder_that_was_killed_at_its_very_beginning_is_free(tmp_path: Path) -> None:
+    (tmp_path / "out" / "training").mkdir(parents=True)
+    (tmp_path / "out" / ".started.json.17-0123abcd").touch()
+    folder = Folder(tmp_path / "out", {"model": "m"})
+    assert folder.look(fresh=False) == "nothing"
+    folder.begin("nothing")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["training"]
+    (tmp_path / "out" / "training" / "started.json").unlink()
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(FinetuneError, match="no fine-tuning"):
+        folder.look(fresh=True)

@@ -243,6 +243,17 @@ def test_dt_may_start_elsewhere(tiny: Tiny) -> None:
     found = torch.cat(starts)
     assert found.min() > -3.001 and found.max() < -0.999
     assert found.mean().item() == pytest.approx(-2, abs=4 * 2 / (12 * len(found)) ** 0.5)
+    for wrong in ((0.0, 0.1), (0.1, 0.01), (1e-50, 1e-45), (0.1, float("nan"))):
+        with pytest.raises(ValueError, match="dt must start between"):
+            make().init_weights(3, wrong)
+
+
+def test_shapes_alone(tiny: Tiny) -> None:
+    """On the meta device, which has no autocast."""
+    batch = Batch.of((9,), device="meta")
+    with torch.device("meta"):
+        model = LanguageModel(tiny("llama"))
+        assert len(model(torch.zeros(9, dtype=torch.long), batch)) == 9
 
 
 def test_a_model_without_special_tokens_can_be_made(tiny: Tiny) -> None:

@@ -80,3 +80,5 @@ def test_forward_mode_is_refused(chosen: str) -> None:
 
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         tangent(forward_ad.make_dual(one(2, 8), one(2, 8)))
+    with pytest.raises(NotImplementedError, match="forward-mode"):  # not zeros
+        torch.func.jvp(lambda x: ops.rms_norm(x, one(8), 1e-6), (one(2, 8),), (one(2, 8),))
