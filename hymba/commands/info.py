@@ -57,6 +57,11 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, "info", EXAMPLES)
+    if not options.compare and any(word.partition("=")[0] == "--compare" for word in argv):
+        raise UserError(  # the one name behind --compare is MODEL's: a model is required
+            f"--compare needs a model and another one, and {options.model} is the only one named:"
+            " hymba info hymba-1.5b --compare llama-3.2-3b"
+        )
     config, origin = find(options.model)
     context = min(CONTEXT, config.max_positions) if options.context is None else options.context
     if context < 1:

@@ -34,7 +34,8 @@ class Options:
     out: Path | None = None
     """Where the report goes: a new folder, or one of this command's."""
     against: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """A second model, of the same texts: what the paper says of two models is decided by both."""
+    """A second model, of the same texts: what the paper says of two models is decided by both.
+    The one with meta tokens and heads side by side goes first."""
     text: tuple[str, ...] = ()
     """Texts to look at, one kind each. Without it small samples of prose, code, mathematics and
     dialogue."""
@@ -79,12 +80,15 @@ def main(argv: Sequence[str]) -> int:
 
 def summary(result: dict) -> Iterator[str]:
     """The findings, a line or two each."""
+    from hymba.eval.probe.against import note
     from hymba.eval.probe.findings import findings
     from hymba.eval.probe.report import VERDICTS
 
     yield f"{result['model']}: the paper's statements, and what this model shows"
     for found in findings(result):
         yield f"\n{found.statement}\n  {VERDICTS[found.agrees]}: {found.here}"
+    if "against" in result and (said := note(result)):
+        yield f"\n{said}"
 
 
 @contextmanager

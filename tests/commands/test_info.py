@@ -177,6 +177,18 @@ def test_plot_draws_the_others_of_table_2(
     assert "format" in mistake(capsys, "hymba-tiny", "--compare", "hymba-1.5b", "--plot", "x.nope")
 
 
+def test_compare_without_another_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """The one name is MODEL's, wherever it stands: nothing is compared, and that is said."""
+    for words in (
+        ["--compare", "llama-tiny"], ["--compare=llama-tiny"], ["llama-tiny", "--compare"],
+        ["--json", "--compare", "llama-tiny"],
+    ):  # fmt: skip
+        said = mistake(capsys, *words)
+        assert "llama-tiny is the only one named" in said
+        assert "hymba info hymba-1.5b --compare llama-3.2-3b" in said
+    assert "larger" in run_info(capsys, "--compare", "llama-tiny", "hymba-tiny")
+
+
 def test_info_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "hymba-1.5b" in mistake(capsys, "hymba-1.5")
     assert "no folder" in mistake(capsys, "./nothing/here")

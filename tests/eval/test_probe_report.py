@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from torch import Tensor
 from hymba.errors import UserError
 from hymba.eval.probe import draw, report
 from hymba.eval.probe import run as running
-from hymba.eval.probe.against import kept, pairs
+from hymba.eval.probe.against import ROWS, SAID, kept, note, pairs, refuse_twins
 from hymba.eval.probe.figures import EVERY, figures, left_out
 from hymba.eval.probe.findings import findings
 from hymba.eval.probe.run import Limits, measure, steps
@@ -247,7 +248,7 @@ def test_two_models_decide_what_is_said_of_two(
     lively: Any, tiny: Any, texts: list[Text], tmp_path: Path
 ) -> None:
     """Both models' numbers are those of their own reports; a second model of the wrong kind leaves
-    the statement as it was."""
+    the verdict as it was, and is said to."""
     here, maps = looked(lively(tiny("hymba")), texts)
     others = {
         name: looked(lively(tiny(name)), texts)[0] for name in ("llama", "sequential", "mamba")
@@ -256,7 +257,13 @@ def test_two_models_decide_what_is_said_of_two(
     said = {}
     for name, other in others.items():
         result = here | {"against": kept(other | {"model": name})}
-        said[name] = [x.here != y.here for x, y in zip(findings(result), alone, strict=True)]
+        found = findings(result)
+        said[name] = [
+            name in x.here and f"{name} has no" not in x.here and x.here != y.here
+            for x, y in zip(found, alone, strict=True)
+        ]
+        for x, y in zip(found, alone, strict=True):
+            assert x.agrees == y.agrees or name in x.here
         report.write(tmp_path / name, result, maps)
         written = json.loads((tmp_path / name / "probe.json").read_text())
         assert written["against"]["field"] == other["field"]
@@ -268,10 +275,106 @@ def test_two_models_decide_what_is_said_of_two(
         assert (field.here, field.there) == tuple(x["field"]["mean"]["both"] for x in (here, other))
         assert ("attention on the first token, %" in found) == (name != "mamba")
         assert ("entropy of the SSM seen as attention, bits" in found) == (name != "llama")
-    drain, entropy, of_ssm, field = 0, 2, 3, 8
+    drain, entropy, of_ssm, field = 0, 2, 3, 8  # decided by both
     assert [i for i in range(9) if said["llama"][i]] == [drain, entropy]
     assert [i for i in range(9) if said["sequential"][i]] == [drain, entropy, of_ssm, field]
     assert [i for i in range(9) if said["mamba"][i]] == [of_ssm]
+
+
+def beside(one: Any, other: Any) -> Any:
+    """The record of the first model, `one`, with the second's kept."""
+    return one | {"model": "one", "against": kept(other | {"model": "other"})}
+
+
+FIRST = "name the one that has them first"
+TURNS = "--against a model that has both branches in different layers"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "drain", "entropy", "of_ssm", "field"),
+    [
+        ("hymba", "llama", "", "", "other has no SSM: --against a model that has", TURNS),
+        ("hymba", "mamba", "other has no attention", "other has no attention", "", TURNS),
+        ("hymba", "windows", *["other has meta tokens too"] * 3, f"no heads by turns: {TURNS}"),
+        ("hymba", "samba", *["other has meta tokens too"] * 3, ""),
+        ("sequential", "hymba", FIRST, FIRST, FIRST, "heads side by side first"),
+        ("llama", "hymba", FIRST, FIRST, "the model has no SSM", "name other first"),
+        ("llama", "mamba", *["neither one nor other has meta"] * 2, "the model has no SSM",
+         "neither one nor other has heads side by side"),
+        ("llama", "mamba-meta", *["one has no meta tokens, other no attention"] * 2,
+         "the model has no SSM", "neither"),
+        ("mamba-meta", "llama", "has no attention", "the model has no attention",
+         "other has no SSM", "neither"),
+    ],
+)  # fmt: skip
+def test_what_two_models_leave_open_says_what_is_missing(
+    one: str, other: str, drain: str, entropy: str, of_ssm: str, field: str,
+    lively: Any, tiny: Any, texts: list[Text],
+) -> None:  # fmt: skip
+    """Empty: the two decide it."""
+    records = [looked(lively(tiny(plan)), texts)[0] for plan in (one, other)]
+    found = findings(beside(*records))
+    for i, why in {0: drain, 2: entropy, 3: of_ssm, 8: field}.items():
+        here = found[i].here
+        assert "needs a second model" not in here and why in here
+        assert why or ("in other" in here or "other, by turns" in here), here
+        assert why or "--against" not in here
+    assert "needs a second model (--against)" in findings(records[0])[8].here
+
+
+def test_a_pair_that_decides_nothing_is_one_sentence(
+    lively: Any, tiny: Any, texts: list[Text], tmp_path: Path
+) -> None:
+    pytest.importorskip("tyro", reason="the command line needs tyro")
+    from hymba.commands.probe import summary
+
+    plans = ("hymba", "sequential", "llama", "mamba")
+    looks = {plan: looked(lively(tiny(plan)), texts) for plan in plans}
+    records = {plan: result for plan, (result, _) in looks.items()}
+    result = beside(records["llama"], records["mamba"])
+    said = note(result)
+    assert said.startswith("No statement could be decided by the two, one and other, which share")
+    assert said.count(".") == 1
+    assert f"those of attention ({ROWS['attention']}), which other lacks" in said
+    assert f"those of {SAID['ssm']} ({ROWS['ssm']}), which one lacks" in said
+    assert said in list(summary(result))[-1]
+    report.write(tmp_path / "out", result, looks["llama"][1])
+    assert f"<p>{said}</p>" in (tmp_path / "out/index.html").read_text()
+    # What is left out are those rows: none of attention, none of the SSM.
+    assert not [pair for pair in pairs(result) if "attention" in pair.what]
+    assert "No statement" in note(beside(records["sequential"], records["hymba"]))
+    assert "what is missing" in note(beside(records["sequential"], records["hymba"]))
+    assert note(beside(records["hymba"], records["sequential"])) == ""
+    partly = note(beside(records["hymba"], records["llama"]))
+    assert partly.startswith("Rows left out") and "which other lacks" in partly
+
+
+def test_a_model_against_itself(lively: Any, tiny: Any, tmp_path: Path) -> None:
+    """The same folder, or the same weights and config; another config of them is another model."""
+    one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
+    save(lively(tiny("hymba")), one)
+    shutil.copytree(one, copy)
+    save(lively(tiny("hymba"), seed=1), other)
+    (tmp_path / "link").symlink_to(one)
+    for same in (one, tmp_path / "link", one / ".." / "one"):
+        with pytest.raises(UserError, match="is the model itself: name another"):
+            refuse_twins(("one", one), (str(same), same))
+    with pytest.raises(UserError, match="^one and copy are the same weights: name another"):
+        refuse_twins(("one", one), ("copy", copy))
+    refuse_twins(("one", one), ("other", other))
+    keys = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(keys | {"rope_theta": 5000.0}))
+    refuse_twins(("one", one), ("copy", copy))
+
+
+def test_magnitudes_behind_the_norms_are_the_models_own(
+    lively: Any, tiny: Any, texts: list[Text]
+) -> None:
+    result, _ = looked(lively(tiny("hymba")), texts)
+    for number, row in enumerate(result["magnitudes"]):
+        row["attention"]["behind"], row["ssm"]["behind"] = 1.0, 1.5 + number
+    (found,) = [figure for figure in figures(result) if figure.name == "magnitudes"]
+    assert found.says.endswith("behind them it is 1.50 to 8.50 times attention's.")
 
 
 def test_a_second_model_on_the_command_line(
@@ -290,6 +393,16 @@ def test_a_second_model_on_the_command_line(
     one += ["--device", "cpu", "--threads", "1"]
     assert cli.main([*one, "--against", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert cli.main([*one, "--against", str(tmp_path / "hymba")]) == 2
+    assert "is the model itself" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    foreign = tmp_path / "gpt2"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "gpt2"}')
+    for words in ([*one, "--against", str(foreign)], ["probe", str(foreign), *one[2:]]):
+        assert cli.main(words) == 2
+        err = capsys.readouterr().err
+        assert f"{foreign}: config.json has model_type 'gpt2'" in err and err.count("\n") == 1
+        assert "llama, mamba, samba" in err and not (tmp_path / "out").exists()
     assert cli.main([*one, "--against", str(tmp_path / "llama")]) == 0
     assert str(tmp_path / "llama") in capsys.readouterr().out
     written = json.loads((tmp_path / "out/probe.json").read_text())

@@ -184,16 +184,15 @@ def _magnitudes(result: Record) -> Figure:
         panels.append(draw.lines(name, labels, series))
     says = "One branch a layer: nothing is normed."
     if both:
-        ratios = [
-            row["ssm"]["before"] / max(1e-30, row["attention"]["before"])
-            for row in rows
-            if len(row) == 2
-        ]
+        ratios, behind = (
+            [row["ssm"][when] / max(1e-30, row["attention"][when]) for row in rows if len(row) == 2]
+            for when in ("before", "behind")
+        )
         larger = sum(ratio > 1 for ratio in ratios)
         says = (
             f"Before the norms the SSM's output is {min(ratios):.2f} to {max(ratios):.2f} times"
-            f" attention's, and larger in {larger} of {len(ratios)} layers; behind them both are of"
-            " one size, so the mean hears both."
+            f" attention's, and larger in {larger} of {len(ratios)} layers; behind"
+            f" them it is {min(behind):.2f} to {max(behind):.2f} times attention's."
         )
     alt = "Lines by layer: root mean square of each branch's output, before and behind its norm"
     table = [

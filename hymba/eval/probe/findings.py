@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from hymba.eval.probe.against import by_turns, even, without_meta
+from hymba.eval.probe.against import (
+    HEADS,
+    by_turns,
+    even,
+    why_not_meta,
+    why_not_turns,
+    without_meta,
+)
 
 Record = dict[str, Any]
 
@@ -60,8 +67,10 @@ def _drain(result: Record) -> Finding:
             f", and {_percent(a['first'])} with them ({_percent(even(result['even'], 'first'))} if"
             f" even); they get {_percent(a['meta'])}"
         )
+    why = _after(_undecided(result, "attention"))
     if b["first"] <= DRAIN * level:
-        return Finding(said, f"{here}: there is no drain to take over", None)
+        return Finding(said, f"{here}: there is no drain to take over{why}", None)
+    here += why
     return Finding(said, here, a["first"] < b["first"] / 2 if without else None)
 
 
@@ -84,8 +93,10 @@ def _entropy(result: Record, branch: str, where: str) -> Finding:
     bare, named = without, "with them taken away from the same weights"
     if other is not None:
         bare, named = other["shares"], f"in {other['model']}"
-    if not bare or branch not in bare:
-        return Finding(said, NO_META, None)
+    if branch not in result["shares"]:
+        return Finding(said, f"the model has no {HEADS[branch]}", None)
+    if not bare:
+        return Finding(said, _undecided(result, branch) or NO_META, None)
     # A second model may have more layers, and these heads in other ones: those that both have.
     rows = zip(result["shares"][branch]["layers"], bare[branch]["layers"], strict=False)
     pairs = [(a["entropy_bits"], b["entropy_bits"]) for a, b in rows if a and b]
@@ -95,7 +106,7 @@ def _entropy(result: Record, branch: str, where: str) -> Finding:
     mean = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
     here = (
         f"lower in {lower} of {len(pairs)} layers; mean {mean[0]:.2f} bits with,"
-        f" {mean[1]:.2f} {named}"
+        f" {mean[1]:.2f} {named}{_after(_undecided(result, branch))}"
     )
     return Finding(said, here, lower > len(pairs) / 2)
 
@@ -170,10 +181,21 @@ def _field(result: Record) -> Finding:
     mean = result["field"]["mean"]
     here = "; ".join(f"{kind} {tokens:.1f} tokens" for kind, tokens in mean.items())
     if (other := by_turns(result)) is None:
-        return Finding(said, f"{here}: a comparison needs a second model (--against)", None)
+        return Finding(said, f"{here}: {why_not_turns(result)}", None)
     there = other["field"]["mean"]
     here += f"; {other['model']}, by turns, {there['both']:.1f} tokens"
     return Finding(said, here, mean["both"] > FURTHER * there["both"])
+
+
+def _undecided(result: Record, branch: str) -> str:
+    """Why a second model, where one was looked at, does not decide about meta tokens."""
+    if "against" not in result or without_meta(result, branch) is not None:
+        return ""
+    return why_not_meta(result, branch)
+
+
+def _after(said: str) -> str:
+    return f"; {said}" if said else ""
 
 
 def _percent(share: float) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from hymba.errors import UserError
-from hymba.eval.probe.against import cell, pairs
+from hymba.eval.probe.against import cell, note, pairs
 from hymba.eval.probe.figures import EVERY, Figure, figures, left_out
 from hymba.eval.probe.findings import Finding, findings
 
@@ -145,12 +145,14 @@ def _against(result: Record) -> str:
         f"<td>{cell(pair.there)}</td></tr>"
         for pair in pairs(result)
     )
+    said = f"<p>{escape(sentence)}</p>" if (sentence := note(result)) else ""
     return (
         '<section id="against"><h2>Beside a second model</h2><p>Both have read the same texts. They'
-        " may differ in more than a statement is about.</p>"
+        " may differ in more than a statement is about. Each number is of all the model's layers; a"
+        " verdict on entropy compares the layers where both have the branch.</p>"
         '<div class="scroll" tabindex="0" role="group" aria-label="Beside a second model: table">'
         f'<table><thead><tr><th scope="col">Mean over layers and texts</th>{names}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></section>"
+        f"<tbody>{rows}</tbody></table></div>{said}</section>"
     )
 
 

@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hymba import hub
-from hymba.config import Config
+from hymba.config import Config, ConfigError
 from hymba.errors import UserError
-from hymba.eval.probe.against import kept
+from hymba.eval.probe.against import kept, refuse_twins
 from hymba.eval.probe.attention import attention_rows, even_rows
 from hymba.eval.probe.field import field
 from hymba.eval.probe.hidden import channels, hidden_rows
@@ -38,6 +39,7 @@ from hymba.tokenizer import Tokenizer
 from hymba.weights import load
 
 MAP_BYTES = 6 << 20  # of all maps in a page; single heads are left out of it where they are more
+OURS = "probe takes Hymba and this package's own models (plans llama, mamba, samba included)"
 Record = dict[str, Any]
 
 
@@ -89,12 +91,39 @@ def probe(
 ) -> tuple[Record, Record]:
     """Load a model and texts, measure, and say how it was done: -> (probe.json, maps). Another
     model to set it `against` looks at the same texts first."""
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = model_folder(name)
+    if against is None:
+        return _probe(name, folder, files, limits, device, command, begin)
+    second = model_folder(against)
+    refuse_twins((name, folder), (against, second))
+    few = dataclasses.replace(limits, heads=False)
+    other = kept(_probe(against, second, files, few, device, command, begin)[0])
+    found, maps = _probe(name, folder, files, limits, device, command, begin)
+    return found | {"against": other}, maps
+
+
+def model_folder(name: str) -> Path:
+    """Where a model of ours is. What is wrong names it, since two may have been given."""
     folder = hub.find(name)
-    other = None
-    if against is not None:
-        few = dataclasses.replace(limits, heads=False)
-        other = kept(probe(against, files, few, device, command, begin)[0])
+    try:
+        Config.from_folder(folder)
+    except ConfigError as error:
+        said = str(error) if str(folder) in str(error) else f"{name}: {error}"
+        raise UserError(said + (f": {OURS}" if "has model_type" in said else "")) from None
+    return folder
+
+
+def _probe(
+    name: str,
+    folder: Path,
+    files: Sequence[str],
+    limits: Limits,
+    device: str | None,
+    command: Sequence[str],
+    begin: Callable[[int], Tick],
+) -> tuple[Record, Record]:
+    """One model, from its folder."""
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_folder(folder)
     model = load(folder, target, "float32")
     config = model.config
@@ -124,7 +153,7 @@ def probe(
             for text in texts
         ],
     }
-    return about | found | ({"against": other} if other else {}), maps
+    return about | found, maps
 
 
 def measure(
