@@ -38,8 +38,8 @@ class Options:
 
     Hymba models run without padding, with what questions share computed once and answers written
     by the engine; any other causal model by lm-eval's own class. Ctrl-C keeps finished tasks in
-    --out, and the same command goes on. In several processes: torchrun --nproc-per-node 8 -m hymba
-    eval ... (or accelerate launch)."""
+    --out, and the same command goes on (perplexity, one measurement, starts again). In several
+    processes: torchrun --nproc-per-node 8 -m hymba eval ... (or accelerate launch)."""
 
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """A model folder or a hub id."""
@@ -78,7 +78,7 @@ class Options:
     log_samples: bool = False
     """Keep every question and answer, in a folder named like --out."""
     fresh: bool = False
-    """Do tasks again that --out has already."""
+    """Start --out anew: what it has is done again, and what was not asked for is gone."""
     threads: int = 0
     """CPU threads (0: half the cores)."""
 
@@ -111,6 +111,8 @@ class Options:
             raise UserError("the suite perplexity has no tasks: leave out --tasks")
         if self.suite == "perplexity" and len(self.lengths) > 1:
             raise UserError("the suite perplexity takes one of --lengths: it shows every position")
+        if any(length < 1 for length in self.lengths):
+            raise UserError(f"lengths has {min(self.lengths)}: a row has 1 token or more")
         if self.suite in OWN and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
                 f"the suite {self.suite} runs in one process: start it without torchrun"
@@ -136,43 +138,27 @@ def main(argv: Sequence[str]) -> int:
 
 def _own(options: Options) -> int:
     """The suites that need no download, on one device."""
-    from hymba.eval import figures, perplexity, recall_suite
-    from hymba.eval.results import check_folder_of, check_place, write_result
-    from hymba.eval.subject import open_subject
+    from hymba.eval import own
 
-    if options.out is not None:
-        check_place(options.out, str(options.suite))
-    if options.plot is not None:
-        if options.plot.is_dir():
-            raise UserError(f"{options.plot} is a folder: --plot names a file, like recall.png")
-        figures.pyplot()  # before the work too
-        check_folder_of(options.plot)
-    through = "transformers" if options.through_transformers else ""
-    subject = open_subject(options.model, options.device, options.dtype, through)
-    batch = 8 if options.batch == "auto" else int(options.batch)
+    plan = own.Plan(
+        model=options.model,
+        suite=str(options.suite),
+        names=options.names(),
+        lengths=tuple(dict.fromkeys(options.lengths)),
+        samples=options.samples,
+        text=tuple(map(str, options.text)),
+        batch=8 if options.batch == "auto" else int(options.batch),
+        device=options.device,
+        dtype=options.dtype,
+        through_transformers=options.through_transformers,
+        out=options.out,
+        plot=options.plot,
+        fresh=options.fresh,
+    )
+    folder = own.check(plan)
     with bar() as progress:
-        if options.suite == "recall":
-            names, lengths = options.names(), tuple(dict.fromkeys(options.lengths))
-            many = options.samples
-            result = recall_suite.run_suite(
-                subject, names, lengths, samples=many, progress=progress, batch=batch
-            )
-        else:
-            length, files = (*options.lengths, 0)[0], tuple(map(str, options.text))
-            rows = 4 * options.samples
-            result = perplexity.run_perplexity(
-                subject, length, rows, files, progress=progress, batch=batch
-            )
-    print((recall_suite if options.suite == "recall" else perplexity).table(result))
-    if options.out is not None:
-        write_result(
-            options.out, {"result": result}, {"options": str(options)}, kind=result["suite"]
-        )
-    if options.plot is not None:
-        if options.suite == "recall":
-            figures.draw_recall(result, options.plot)
-        else:
-            figures.draw_perplexity([result], options.plot)
+        result, finished = own.measure(plan, folder, progress)
+    own.tell(plan, result, finished)
     return 0
 
 

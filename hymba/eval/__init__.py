@@ -5,6 +5,7 @@ subject                           any causal language model under test
 text_tasks, recall_suite          recall in text; perplexity: by position
 harness, branches, run, suites    lm-eval's tasks, through our own batches
 probe/                            what the heads do
+own                               the suites without a download, as the command runs them
 results, tables, figures          what is left of it
 """
 

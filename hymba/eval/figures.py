@@ -100,6 +100,16 @@ def pyplot() -> Any:
     return plt
 
 
+def check_ending(path: Path) -> None:
+    """Before the work: UserError where matplotlib would refuse the file afterwards."""
+    kinds = pyplot().Figure().canvas.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise UserError(
+            f"{path}: matplotlib writes no {path.suffix} files, name it like recall.png"
+            f" ({', '.join(sorted(kinds))})"
+        )
+
+
 def _save(plt: Any, page: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hymba.eval.hay import Pen, TextError, documents
-from hymba.eval.subject import Subject
+from hymba.eval.subject import Subject, rows_fit
 
 Progress = Callable[[str, int, int | None], None]
 FIRST_EDGE = 16  # buckets of positions double from here
@@ -37,10 +37,10 @@ def run_perplexity(
     batch: int = 4,
     texts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """At most `rows` rows of `length` tokens (0: 4 times the subject's positions, at most 8192) of
-    `files`, else of the part of Python's library that `hymba train` holds out. UserError where
-    there is not one row, or the subject's positions end before."""
-    length = length or min(LENGTH, LONGER * subject.most_tokens)
+    """At most `rows` rows of `length` tokens (0: `default_length`) of `files`, else of the part
+    of Python's library that `hymba train` holds out. UserError where there is not one row, or the
+    subject's positions end before."""
+    length = length or default_length(subject)
     if length < 2 or rows < 1:
         raise TextError(f"{rows} rows of {length} tokens: give 1 row or more, of 2 tokens or more")
     texts = documents(files) if texts is None else texts
@@ -50,7 +50,9 @@ def run_perplexity(
     pen = Pen(subject.tokenizer)
     for at in range(0, len(some), batch):
         part = some[at : at + batch]
-        for row, logprobs in zip(part, subject.logprobs(part, batch), strict=True):
+        with rows_fit(length):
+            said = subject.logprobs(part, batch)
+        for row, logprobs in zip(part, said, strict=True):
             nats += sums(-logprobs.double(), edges)
             sizes = [a + b for a, b in zip(sizes, row_bytes(pen, row, edges), strict=True)]
         if progress is not None:
@@ -71,6 +73,12 @@ def run_perplexity(
             figures(*three) for three in zip(nats.tolist(), labels, sizes, strict=True)
         ],
     }
+
+
+def default_length(subject: Subject) -> int:
+    """4 times the positions that the subject was made for, at most 8192 and as many as it has."""
+    length = min(LENGTH, LONGER * subject.most_tokens)
+    return length if subject.last_position is None else min(length, subject.last_position)
 
 
 def figures(nats: float, tokens: int, size: int) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def cut_rows(
         whole = [every[at : at + size] for at in range(0, len(every) - size + 1, size)]
     if not whole:
         raise TextError(
-            f"the text has {len(every)} tokens and a row needs {size}: give a shorter length, or"
+            f"the text has {len(every)} tokens and a row needs {length}: give a shorter length, or"
             " more text"
         )
     return [[*subject.begin, *row] for row in whole[:rows]], joined

@@ -23,15 +23,18 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from hymba import __version__
 from hymba.eval.hay import Hay
-from hymba.eval.subject import Scored, Subject
-from hymba.eval.text_tasks import TASKS, Ask, Sample, TaskError, TextTask
+from hymba.eval.results import Finished, fingerprint
+from hymba.eval.subject import Scored, Subject, rows_fit
+from hymba.eval.text_tasks import TASKS, Ask, Sample, TaskError, TextTask, TooShort
 
 Progress = Callable[[str, int, int | None], None]  # what, how much of it is done, of how much
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # as far as the subject's positions go
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SLACK = 8  # tokens that a continuation may say around its answer
 END = ("\n",)
+IN_A_ROW = 8  # lengths that must have room, for "or more": names differ from length to length
 FIGURES = ("generated", "exact", "first", "forced", "nats")
 
 
@@ -41,6 +44,33 @@ class _Cell:
     length: int
     depth: float | None
     samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What decides the rows of a task at a length."""
+
+    subject: Subject
+    hay: Hay
+    depths: Sequence[float]
+    samples: int
+    seed: int
+
+    def cells(self, task: TextTask, length: int) -> list[_Cell]:
+        """Without a depth of its own a task has as many rows in its one cell as others in all."""
+        places: Sequence[float | None] = self.depths if task.has_depth else (None,)
+        count = self.samples if task.has_depth else self.samples * len(self.depths)
+        found = []
+        for depth in places:
+            where = self.hay, self.subject.begin, length, depth, self.seed
+            found.append(_Cell(task, length, depth, [task.sample(*where, i) for i in range(count)]))
+        return found
+
+    def mark(self, key: str, generate: bool, of: dict[str, Any]) -> str:
+        """Equal where the result must be, with a subject that `of` tells from others."""
+        settings = {name: value for name, value in of.items() if name != "command"}
+        ours = self.hay.digest, list(self.depths), self.samples, self.seed
+        return fingerprint(key, generate, settings, *ours, __version__)
 
 
 def run_suite(
@@ -54,23 +84,29 @@ def run_suite(
     batch: int = 8,
     generate: bool = True,
     text: str | None = None,
+    finished: Finished | None = None,
 ) -> dict[str, Any]:
     """Every task of `names` (all) at every length (doublings from 256 to what the subject was made
     for) and, where it has one, depth; `samples` rows of each.
 
     Beyond `subject.most_tokens` answers are forced but not generated. `text` is laid around the
-    needles in place of the Python library's sources. UserError where a length is too short."""
+    needles in place of the Python library's sources. A task at a length is taken from `finished`
+    where it is there, and kept there. UserError where a length is too short."""
     chosen = [_task(name) for name in names or TASKS]
     lengths = tuple(lengths) or default_lengths(subject)
     _need(samples >= 1, f"samples is {samples}, but must be 1 or more")
     _need(bool(depths), "there are no depths: give some between 0 and 1")
     hay = Hay.of(subject, max(lengths), seed, text)
+    rows = _Rows(subject, hay, depths, samples, seed)
+    _check_room(rows, chosen, min(lengths))
+    finished = finished or Finished(None, {})
     found: dict[str, Any] = {}
     for task in chosen:
-        cells = []
+        cells: list[dict[str, Any]] = []
         for length in lengths:
-            some = _cells(task, subject, hay, length, depths, samples, seed)
-            cells += _measure(subject, some, batch, generate and length <= subject.most_tokens)
+            also = generate and length <= subject.most_tokens
+            some = _part(rows, task, length, batch, also, finished)
+            cells += some
             if progress is not None:
                 progress(task.name, len(cells), len(lengths) * len(some))
         found[task.name] = {"about": task.about, "chance": task.chance, **mean(cells)}
@@ -105,27 +141,41 @@ def _need(good: bool, message: str) -> None:
         raise TaskError(message)
 
 
-def _cells(
-    task: TextTask,
-    subject: Subject,
-    hay: Hay,
-    length: int,
-    depths: Sequence[float],
-    samples: int,
-    seed: int,
-) -> list[_Cell]:
-    """Without a depth of its own a task has as many rows in its one cell as others in all."""
-    places: Sequence[float | None] = depths if task.has_depth else (None,)
-    count = samples if task.has_depth else samples * len(depths)
-    return [
-        _Cell(
-            task,
-            length,
-            depth,
-            [task.sample(hay, subject.begin, length, depth, seed, i) for i in range(count)],
-        )
-        for depth in places
-    ]
+def _check_room(rows: _Rows, tasks: Sequence[TextTask], length: int) -> None:
+    """Before the work, with a length that has room for all that is asked."""
+    for task in tasks:
+        try:
+            rows.cells(task, length)
+        except TooShort as error:
+            raise TooShort(task.name, length, _least(rows, tasks, error.least)) from None
+
+
+def _least(rows: _Rows, tasks: Sequence[TextTask], least: int) -> int:
+    tried = 0
+    while tried < IN_A_ROW:
+        try:
+            for task in tasks:
+                rows.cells(task, least + tried)
+            tried += 1
+        except TooShort as error:
+            least, tried = error.least, 0
+    return least
+
+
+def _part(
+    rows: _Rows, task: TextTask, length: int, batch: int, generate: bool, finished: Finished
+) -> list[dict[str, Any]]:
+    """Cells of a task at a length, from the file where it has them."""
+    key = f"{task.name}@{length}"
+    mark = rows.mark(key, generate, finished.of)
+    found = finished.look(key, mark)
+    if found is not None:
+        finished.take(key, found)
+        return list(found["cells"])
+    with rows_fit(length):
+        cells = _measure(rows.subject, rows.cells(task, length), batch, generate)
+    finished.add(key, {"fingerprint": mark, "cells": cells})
+    return cells
 
 
 def _measure(

@@ -3,7 +3,8 @@
     write_result(path, {"needle": {...}}, config={...}, device=model.device)
 
 Every file has the same head: kind, command, date, device, versions, config. `Finished` keeps the
-tasks that are done, so that the same command does not do them again.
+tasks that are done, so that the same command does not do them again; each says what it is `of`. A
+file holds results of one model: `check_same` refuses another's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,12 @@ from hymba import __version__
 from hymba.errors import UserError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "triton")
+# Files that a model is read from. Not any *.json: results may lie in the model's folder too.
+MODEL_FILES = (
+    *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja"),
+)
 
 
 def write_result(
@@ -83,6 +90,51 @@ def check_place(path: Path, kind: str) -> None:
     check_folder_of(path)
 
 
+def made_of(
+    model: str, folder: Path, through_transformers: bool, **settings: Any
+) -> dict[str, Any]:
+    """What stands beside a result, so that it is known whose it is whatever is done later."""
+    return {
+        "model": model,
+        "weights": fingerprint(weights_of(folder)),
+        "through_transformers": through_transformers,
+        "command": _command(),
+        **_plain(settings),
+    }
+
+
+def check_same(path: Path, of: Mapping[str, Any], names: Sequence[str] = ("weights",)) -> None:
+    """Before the work: UserError where the file holds results that differ from ours in what has
+    these names. They would be lost, or be taken for ours."""
+    if not path.exists():
+        return
+    for found in _results_in(json.loads(path.read_text(encoding="utf-8"))):
+        theirs = found.get("of", {})
+        if any(theirs.get(name) != of.get(name) for name in names):
+            raise UserError(
+                f"{path} holds results of {_whose(theirs, of, names)}: name another --out, or add"
+                " --fresh, which starts the file anew"
+            )
+
+
+def _results_in(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of perplexity the whole file; what is no file of ours has none, and is refused elsewhere."""
+    tasks = content.get("tasks", {})
+    if isinstance(tasks, Mapping) and tasks:
+        return [found if isinstance(found, Mapping) else {} for found in tasks.values()]
+    return [content] if "result" in content else []
+
+
+def _whose(theirs: Mapping[str, Any], of: Mapping[str, Any], names: Sequence[str]) -> str:
+    if "weights" not in theirs:
+        return "a model that it does not name (an earlier hymba wrote it)"
+    if theirs["weights"] == of["weights"]:
+        other = [name for name in names if theirs.get(name) != of.get(name)]
+        return f"{theirs['model']} with other settings ({', '.join(other)})"
+    same = theirs["model"] == of["model"]
+    return f"{theirs['model']} with other weights or files" if same else str(theirs["model"])
+
+
 def check_folder_of(path: Path) -> None:
     """UserError where no file can be made beside `path`, which need not be there yet."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -117,17 +169,26 @@ def fingerprint(*what: Any) -> str:
 
 def weights_of(folder: Path) -> list[Any]:
     """What tells one checkpoint from another without reading gigabytes."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.json")])
+    files = sorted({file for name in MODEL_FILES for file in folder.glob(name)})
     stats = [(file.name, file.stat()) for file in files]
     return [str(folder.resolve()), [(n, s.st_size, s.st_mtime_ns) for n, s in stats]]
 
 
 class Finished:
-    """Tasks that are done, in a file that is written anew after each; None: kept nowhere."""
+    """Tasks that are done, in a file that is written anew after each; None: kept nowhere. Beside
+    each stands what it is `of`."""
 
-    def __init__(self, path: Path | None, head: Mapping[str, Any], fresh: bool = False) -> None:
-        self.path, self.head = path, head
+    def __init__(
+        self,
+        path: Path | None,
+        head: Mapping[str, Any],
+        fresh: bool = False,
+        of: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.head, self.of = path, head, dict(of or {})
         self.tasks: dict[str, dict[str, Any]] = {}
+        self.taken: list[str] = []  # of them those that were there already
+        self.replaced: list[str] = []  # those that were there with other settings
         self._earlier = {} if fresh or path is None else _tasks_in(path)
 
     def look(self, name: str, print_: str) -> dict[str, Any] | None:
@@ -139,15 +200,25 @@ class Finished:
         """Whether there is a result of that task, but with other settings."""
         return name in self._earlier and self.look(name, print_) is None
 
+    def take(self, name: str, found: Mapping[str, Any]) -> None:
+        self.taken.append(name)
+        self.add(name, found)
+
     def add(self, name: str, result: Mapping[str, Any]) -> None:
-        self.tasks[name] = dict(result)
+        """One that is taken from the file keeps what it was of."""
+        if name in self._earlier and name not in self.taken:
+            self.replaced.append(name)
+        self.tasks[name] = {"of": self.of} | dict(result)
         self.write({})
+
+    def rest(self) -> dict[str, dict[str, Any]]:
+        """Earlier tasks that were not asked for: they stay in the file."""
+        return {name: x for name, x in self._earlier.items() if name not in self.tasks}
 
     def write(self, more: Mapping[str, Any]) -> None:
         """Earlier tasks stay in the file, this run's come first."""
         if self.path is not None:
-            rest = {name: x for name, x in self._earlier.items() if name not in self.tasks}
-            write_json(self.path, {**self.head, **more, "tasks": self.tasks | rest})
+            write_json(self.path, {**self.head, **more, "tasks": self.tasks | self.rest()})
 
 
 def _tasks_in(path: Path) -> dict[str, dict[str, Any]]:
@@ -161,6 +232,19 @@ def _tasks_in(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is a folder: --out names a JSON file") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no file of an evaluation: name another --out") from None
+
+
+def say(line: str) -> None:
+    print(f"hymba: {line}", file=sys.stderr, flush=True)
+
+
+def say_written(finished: Finished) -> None:
+    """Where it is, and that not all of it is of this command."""
+    if finished.path is None:
+        return
+    say(f"written to {finished.path}")
+    if rest := finished.rest():
+        say(f"earlier results stay in it: {', '.join(rest)} (beside each: what it is of)")
 
 
 def _command() -> str:

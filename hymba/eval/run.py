@@ -18,13 +18,24 @@ import torch.distributed as dist
 
 from hymba.eval import tables
 from hymba.eval.harness import EvalError, OurLM, Shelf, evaluate, peer_lm
-from hymba.eval.results import Finished, check_place, fingerprint, head, versions, weights_of
+from hymba.eval.results import (
+    Finished,
+    check_place,
+    check_same,
+    fingerprint,
+    head,
+    made_of,
+    say,
+    say_written,
+    versions,
+    weights_of,
+)
+from hymba.eval.subject import FILES, check_tokenizer
 from hymba.eval.suites import SUITES, Entry
 from hymba.hub import find
 from hymba.train.parallel import World, join
 from hymba.weights import load
 
-PEER_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*")
 # Settings that change what is kept or how fast, but not what comes out of it.
 FREE = ("out", "log_samples", "batch", "device", "fresh", "tasks", "suite", "model", "include_path")
 
@@ -61,11 +72,14 @@ def run(plan: Plan) -> int:
         # Before the model, which may take long: names, and data that is not to be had.
         with world.in_turn():
             model = _Model(plan, _folder(plan.model), world, device)
+            of = _of(plan, model.folder)
+            if plan.out is not None and not plan.fresh:
+                check_same(plan.out, of)
             shelf = Shelf.of([entry.task for entry in plan.tasks], plan.include_path)
             for entry in plan.tasks:
                 shelf.load(entry.task)
         kept = plan.out if world.first else None
-        finished = Finished(kept, head(_config(plan), device, "lm-eval"), plan.fresh)
+        finished = Finished(kept, head(_config(plan), device, "lm-eval"), plan.fresh, of)
         marks = {_key(plan, entry): _mark(plan, entry, shelf, model.folder) for entry in plan.tasks}
         try:
             for entry in _to_do(plan, marks, finished, model):
@@ -87,7 +101,7 @@ def _to_do(plan: Plan, marks: Mapping[str, str], finished: Finished, model: _Mod
     for key, mark in marks.items():
         found = finished.look(key, mark)
         if found is not None and _samples_are_there(plan, key):
-            finished.add(key, found)
+            finished.take(key, found)
             model.say(f"{key}: done already, taken from {plan.out} (--fresh would do it again)")
             continue
         if finished.other(key, mark):
@@ -133,8 +147,7 @@ class _Model:
     def __init__(self, plan: Plan, folder: Path, world: World, device: torch.device) -> None:
         self.plan, self.folder, self.world, self.device = plan, folder, world, device
         self._lm: Any = None
-        if not _has_tokenizer(folder):
-            raise EvalError(f"{folder} has no tokenizer: tasks are of text, and need one")
+        check_tokenizer(folder)
 
     @property
     def lm(self) -> Any:
@@ -163,19 +176,22 @@ def kind_of(folder: Path) -> str:
         raise EvalError(f"{file} names no model_type: it is no model's config") from None
 
 
-def say(line: str) -> None:
-    print(f"hymba: {line}", file=sys.stderr, flush=True)
-
-
 def _folder(model: str) -> Path:
-    folder = find(model, PEER_FILES)
+    folder = find(model, FILES)
     kind_of(folder)
     return folder
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    return any((folder / name).is_file() for name in names)
+def _of(plan: Plan, folder: Path) -> dict[str, Any]:
+    return made_of(
+        plan.model,
+        folder,
+        plan.through_transformers,
+        dtype=plan.dtype,
+        limit=plan.limit,
+        chat=plan.chat,
+        include_path=plan.include_path,
+    )
 
 
 def _key(plan: Plan, entry: Entry) -> str:
@@ -229,5 +245,4 @@ def _tell(plan: Plan, finished: Finished) -> None:
         local = plan.include_path is not None
         print(tables.beside_the_paper(plan.model, suite, figures, plan.limit, local))
         finished.write({"suite": tables.suite_json(plan.suite, suite, figures)})
-    if plan.out is not None:
-        say(f"written to {plan.out}")
+    say_written(finished)

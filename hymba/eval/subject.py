@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +29,9 @@ from hymba.tokenizer import Tokenizer
 from hymba.weights import load, usable_device
 
 LOGITS = 1 << 24  # numbers made at a time
+# What is read of a model, any causal one of transformers.
+FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 THEIRS = 1 << 29  # the same where a model of transformers makes them: it knows no less than a row
 
 
@@ -57,6 +61,7 @@ class Subject(Protocol):
     tokenizer: TokenizerOf
     begin: list[int]  # ids that its texts begin with: often one, or none
     most_tokens: int  # positions it was made for; more can be scored, unless they end there
+    last_position: int | None  # where they do; None: any number can be computed
 
     def logprobs(self, rows: list[list[int]], batch: int) -> list[Tensor]:
         """(len - 1,) float32 of each row: each token given those before it; `batch` at once."""
@@ -226,17 +231,40 @@ def open_subject(
 ) -> Subject:
     """The model of a folder or a hub id. Ours run on our own code; `through="transformers"` puts
     them through transformers like any other. UserError, one line, for all that cannot be read."""
-    folder = find(name)
+    folder = find(name, FILES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if _kind(folder) == "hymba" and through != "transformers":
+    kind = _kind(folder)
+    check_tokenizer(folder)  # transformers makes an empty one where there is none
+    if kind == "hymba" and through != "transformers":
         tokenizer = Tokenizer.from_folder(folder)  # first: without one the weights are no use
         return Ours(load(folder, device, dtype), tokenizer, str(name))
     from hymba.hf.any import open_any  # slow to import, and not needed for our own
 
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not isinstance(kind, torch.dtype):
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(wanted, torch.dtype):
         raise SubjectError(f"there is no dtype called {dtype!r}: try float32 or bfloat16")
-    return Theirs(open_any(folder, usable_device(device), kind), str(name))
+    return Theirs(open_any(folder, usable_device(device), wanted), str(name))
+
+
+def check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise SubjectError(f"{folder} has no tokenizer: tasks are of text, and need one")
+
+
+@contextmanager
+def rows_fit(tokens: int) -> Iterator[None]:
+    """Work on rows of so many tokens: too little memory is one line. On a CPU torch says it with a
+    RuntimeError like any other."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise SubjectError(
+            f"rows of {tokens} tokens do not fit into memory: give shorter --lengths, or a smaller"
+            " --batch"
+        ) from None
 
 
 def _kind(folder: Path) -> str:

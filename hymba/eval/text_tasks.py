@@ -63,6 +63,14 @@ class TaskError(UserError):
     """A row that cannot be written; the message says which number is wrong."""
 
 
+class TooShort(TaskError):
+    """A length without room for a row; `least` would have had it."""
+
+    def __init__(self, name: str, length: int, least: int) -> None:
+        super().__init__(f"{length} tokens are too few for {name}: give lengths of {least} or more")
+        self.least = least
+
+
 @dataclass(frozen=True)
 class Ask:
     """One question of a row."""
@@ -170,9 +178,7 @@ class Row:
         """Tokens left for the text around."""
         used = len(self.begin) + sum(map(len, parts))
         if used > self.length:
-            raise TaskError(
-                f"{self.length} tokens are too few for {self.name}: give lengths of {used} or more"
-            )
+            raise TooShort(self.name, self.length, used)
         return self.length - used
 
 

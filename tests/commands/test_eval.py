@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("tyro", reason="the commands read their options with tyro")
 pytest.importorskip("lm_eval", reason="hymba eval needs hymba[eval]")
 
 from hymba import cli  # noqa: E402
 from hymba.config import Config  # noqa: E402
-from hymba.eval import network, run  # noqa: E402
+from hymba.eval import network, recall_suite, run  # noqa: E402
+from hymba.eval.subject import Ours  # noqa: E402
 from hymba.eval.suites import SUITES, mean  # noqa: E402
 from hymba.tokenizer import Tokenizer  # noqa: E402
 from hymba.weights import save  # noqa: E402
@@ -96,6 +99,8 @@ def test_help_is_light_and_names_the_suites(capsys: pytest.CaptureFixture[str]) 
         (("--suite", "recall", "--text", "a"), "--text is for the suite perplexity alone"),
         (("--suite", "perplexity", "--tasks", "x"), "the suite perplexity has no tasks"),
         (("--suite", "perplexity", "--lengths", "8", "9"), "takes one of --lengths"),
+        (("--suite", "perplexity", "--lengths", "0"), "lengths has 0: a row has 1 token"),
+        (("--suite", "recall", "--plot", "a.xyz"), "matplotlib writes no .xyz files"),
         (("--suite", "perplexity", "--out", "."), ". is a folder: --out names a JSON file"),
         (("--suite", "perplexity", "--plot", "."), ". is a folder: --plot names a file"),
         (("--suite", "recall", "--plot", "/proc/x.png"), "/proc cannot be written to"),
@@ -118,6 +123,8 @@ def test_models_that_cannot_be_asked(call: Call, tasks: Path, model: Path, tmp_p
     assert "no config.json" in error_of(call(*names, model=tmp_path))
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     assert "no tokenizer: tasks are of text" in error_of(call(*names, model=tmp_path))
+    for suite in ("recall", "perplexity"):
+        assert "has no tokenizer" in error_of(call("--suite", suite, model=tmp_path))
     (tmp_path / "tokenizer.json").write_text((model / "tokenizer.json").read_text())
     assert "model.safetensors does not exist" in error_of(call(*names, model=tmp_path))
     (tmp_path / "config.json").write_text("{}")
@@ -166,11 +173,34 @@ def test_other_weights_or_questions_are_another_result(
     given = "--tasks", "choice", "--include-path", tasks, "--out", tmp_path / "scores.json"
     call(*given)
     os.utime(model / "model.safetensors", ns=(1, 1))
-    assert "other settings" in call(*given)[2]
+    assert "mine with other weights or files: name another --out" in error_of(call(*given))
+    assert call(*given, "--fresh")[0] == 0
     lines = (tasks / "choice.jsonl").read_text().splitlines(keepends=True)
     (tasks / "choice.jsonl").write_text("".join(lines[:8]))
     assert "other settings" in call(*given)[2]
     assert "done already" in call(*given)[2]
+
+
+def test_a_file_is_of_one_model_and_its_tasks_say_of_what(
+    call: Call, model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    """A file with two models' results once had the head of the last alone."""
+    out, other = model / "scores.json", tmp_path / "other"  # results may lie beside the model
+    shutil.copytree(model, other)
+    given = "--include-path", tasks, "--out", out
+    call("--tasks", "choice", "answer", *given, "--limit", 3)
+    code, _, err = call("--tasks", "choice", *given, "--limit", 4)
+    assert code == 0 and "earlier results stay in it: answer (beside each" in err
+    kept = json.loads(out.read_text())["tasks"]
+    assert kept["choice"]["of"]["limit"] == 4 and kept["answer"]["of"]["limit"] == 3
+    assert kept["answer"]["of"]["model"] == str(model) and kept["answer"]["of"]["command"]
+    before = out.read_text()
+    line = error_of(call("--tasks", "choice", *given, model=other))
+    assert f"holds results of {model}: name another --out, or add --fresh" in line
+    assert out.read_text() == before
+    assert call("--tasks", "choice", *given, "--fresh", model=other)[0] == 0
+    assert set(json.loads(out.read_text())["tasks"]) == {"choice"}
+    out.unlink()
 
 
 def test_ctrl_c_keeps_finished_tasks(
@@ -197,6 +227,9 @@ def test_a_file_of_something_else_is_not_lost(call: Call, tasks: Path, tmp_path:
     mine.write_text("[1]")
     line = error_of(call("--tasks", "choice", "--include-path", tasks, "--out", mine))
     assert "is no file of an evaluation" in line and mine.read_text() == "[1]"
+    mine.write_text('{"kind": "lm-eval", "tasks": [1]}')
+    line = error_of(call("--tasks", "choice", "--include-path", tasks, "--out", mine))
+    assert "is no file of an evaluation" in line
     scores = '{"kind": "lm-eval", "tasks": {}}'
     mine.write_text(scores)
     line = error_of(call("--suite", "perplexity", "--out", mine))
@@ -356,6 +389,112 @@ def test_suites_that_need_no_download(call: Call, tmp_path: Path) -> None:
     assert code == 0 and "bits/byte" in said and "all" in said, err
     assert "did you mean passkey" in error_of(call("--suite", "recall", "--tasks", "paskey"))
     assert "nowhere" in error_of(call("--suite", "perplexity", "--text", tmp_path / "nowhere"))
+
+
+def test_recall_goes_on_where_ctrl_c_was(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, measure = tmp_path / "recall.json", recall_suite._measure
+    asked: list[int] = []
+
+    def counting(subject: Any, cells: Any, *rest: Any) -> Any:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(cells[0].length)
+        return measure(subject, cells, *rest)
+
+    names = "--suite", "recall", "--tasks", "passkey", "mqar", "--samples", 1, "--out", out
+    few = *names, "--lengths", 500, 540
+    monkeypatch.setattr(recall_suite, "_measure", counting)
+    code, said, err = call(*few)
+    assert code == 130 and said == "" and "passkey@500, passkey@540 are in" in err
+    monkeypatch.setattr(recall_suite, "_measure", measure)
+    code, gone_on, err = call(*few)
+    assert code == 0 and "2 of 4 parts were done already" in err and f"written to {out}" in err
+    kept = json.loads(out.read_text())
+    assert call(*few, "--fresh")[:2] == (0, gone_on)  # and what is taken is what is measured
+    again = json.loads(out.read_text())
+    assert kept["result"] == again["result"] and len(again["tasks"]) == 4
+    assert kept["tasks"]["mqar@500"]["of"]["weights"]
+    _, _, err = call(*names, "--lengths", 500)
+    assert "2 of 2 parts" in err and "earlier results stay in it: passkey@540, mqar@540" in err
+    _, _, err = call("--suite", "recall", "--tasks", "mqar", "--lengths", 500, "--out", out)
+    assert "mqar@500: " in err and "with other settings, they were done again" in err
+
+
+@pytest.mark.parametrize("suite", ["recall", "perplexity"])
+def test_our_suites_do_not_overwrite_another_models_file(
+    call: Call, suite: str, model: Path, tmp_path: Path
+) -> None:
+    out, other, text = tmp_path / "kept.json", tmp_path / "other", tmp_path / "a.txt"
+    text.write_text(" ".join(WORDS) * 40)
+    shutil.copytree(model, other)
+    few = ["--suite", suite, "--lengths", 120, "--samples", 1, "--out", out]
+    few += ["--tasks", "passkey"] if suite == "recall" else ["--text", text]
+    code, _, err = call(*few)
+    assert code == 0 and err.endswith(f"hymba: written to {out}\n")
+    before = out.read_text()
+    assert f"{out} holds results of {model}: name" in error_of(call(*few, model=other))
+    if suite == "perplexity":  # one measurement
+        line = error_of(call(*few, "--samples", 2))
+        assert "with other settings (samples): name another --out" in line
+    assert out.read_text() == before and call(*few)[0] == 0
+    assert call(*few, "--fresh", model=other)[0] == 0
+    out.write_text(json.dumps({"kind": suite, "result": {}}))
+    assert "a model that it does not name" in error_of(call(*few))
+
+
+def test_positions_that_end_cap_the_default(call: Call, peer: Path, tmp_path: Path) -> None:
+    """Four times the positions that it was made for were asked for, and then refused."""
+    text = tmp_path / "a.txt"
+    text.write_text(" ".join(WORDS) * 40)
+    rows = "--suite", "perplexity", "--samples", 1, "--text", text
+    code, said, err = call(*rows, model=peer)
+    assert code == 0 and "128 to 158" in said, err
+    text.write_text("one")
+    assert "and a row needs 64:" in error_of(call(*rows, "--lengths", 64, model=peer))
+
+
+def test_a_peer_without_tokenizer_is_one_line(call: Call, peer: Path, tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer, and every text has no tokens."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(peer / name, tmp_path)
+    for suite in ("recall", "perplexity"):
+        assert "has no tokenizer: tasks are" in error_of(call("--suite", suite, model=tmp_path))
+
+
+@pytest.mark.parametrize("suite", ["recall", "perplexity"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    call: Call, suite: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Ours, "_score", full)
+    text = tmp_path / "a.txt"
+    text.write_text(" ".join(WORDS) * 40)
+    few = ["--tasks", "passkey"] if suite == "recall" else ["--text", text]
+    line = error_of(call("--suite", suite, "--lengths", 120, *few))
+    assert "rows of 120 tokens do not fit into memory: give shorter --lengths" in line
+    monkeypatch.setattr(Ours, "_score", lambda *args: [][1])
+    with pytest.raises(IndexError):  # our mistakes keep their traceback
+        call("--suite", suite, "--lengths", 120, *few)
+
+
+@pytest.mark.parametrize("names", [("passkey",), ("passkey", "mqar")])
+def test_the_length_that_is_named_has_room(call: Call, names: tuple[str, ...]) -> None:
+    few = "--suite", "recall", "--samples", 1, "--tasks", *names, "--lengths"
+    line = error_of(call(*few, 20))
+    assert "20 tokens are too few for passkey: give lengths of" in line
+    least = int(line.split()[-3])
+    assert call(*few, least, least + 1)[0] == 0
 
 
 @pytest.mark.parametrize("suite", ["recall", "perplexity"])

@@ -30,7 +30,7 @@ TEXTS = [
 class Known:
     """Each token costs what `nats` says of its position, 0 being the first predicted one."""
 
-    name, most_tokens = "known", 100
+    name, most_tokens, last_position = "known", 100, None
 
     def __init__(self, tokenizer: Tokenizer, nats: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.tokenizer, self.nats, self.begin = tokenizer, nats, [1]
@@ -132,7 +132,7 @@ def test_perplexity_mistakes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     subject = Known(tokenizer, torch.zeros_like)
     (tmp_path / "empty.txt").write_text(" \n")
     asked: list[tuple[str, dict[str, Any]]] = [
-        ("a row needs 99999", {"length": 100_000, "texts": TEXTS}),
+        ("a row needs 100000", {"length": 100_000, "texts": TEXTS}),
         ("2 tokens or more", {"length": 1, "texts": TEXTS}),
         ("have no text", {"length": 2, "texts": TEXTS}),
         ("1 row or more", {"rows": 0, "texts": TEXTS}),

@@ -53,7 +53,7 @@ def released_kind() -> Tokenizer:
 class Oracle:
     """Reads a prompt and says the answer, or what `says` makes of it."""
 
-    name, most_tokens = "oracle", 4000
+    name, most_tokens, last_position = "oracle", 4000, None
 
     def __init__(self, tokenizer: Tokenizer, says: Callable[[str], str] | None = None) -> None:
         self.tokenizer, self.says = tokenizer, says
