@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import torch
 
 from hymba import __version__
 from hymba.errors import UserError
+from hymba.files import write_text
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "triton")
 # Files that a model is read from. Not any *.json: results may lie in the model's folder too.
@@ -65,14 +65,8 @@ def head(
 
 def write_json(path: Path, content: Any) -> None:
     """The whole file or the one that was there. Numbers that JSON has no word for become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_text(path, text + "\n")
 
 
 def check_place(path: Path, kind: str) -> None:
