@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import os
 import platform
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hymba import __version__
+from hymba.files import write_json
 
 SLEEP_CYCLES = 1_000_000  # half a millisecond
 FLUSH_BYTES = 256 << 20  # several times any second-level cache
@@ -192,10 +192,7 @@ class Report:
         self.save()
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".json.tmp")
-        draft.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        write_json(self.path, self.data, indent=1)
 
 
 def rounded(x: float, digits: int = 4) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from hymba.errors import UserError
+from hymba.files import write_bytes
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2, as in the released checkpoints
 BYTES = 256
@@ -129,12 +129,8 @@ class Tokenizer:
 
         `transformers.AutoTokenizer.from_pretrained(folder)` reads the result.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            unfinished = folder / f".{name}.{os.getpid()}"
-            unfinished.write_bytes(content)
-            os.replace(unfinished, folder / name)
+            write_bytes(Path(folder) / name, content)
 
     # ---- facts
 

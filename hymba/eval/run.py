@@ -32,6 +32,7 @@ from hymba.eval.results import (
 )
 from hymba.eval.subject import FILES, check_tokenizer
 from hymba.eval.suites import SUITES, Entry
+from hymba.files import write_text
 from hymba.hub import find
 from hymba.train.parallel import World, join
 from hymba.weights import load
@@ -225,13 +226,9 @@ def _samples_are_there(plan: Plan, key: str) -> bool:
 def _write_samples(plan: Plan, key: str, result: Mapping[str, Any]) -> str:
     """A line for each question: what was asked, what the model said, what it scored."""
     path = _samples_path(plan, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
     samples = [x for some in result.get("samples", {}).values() for x in some]
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
-    unfinished.replace(path)
+    lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
+    write_text(path, "".join(lines))
     return str(path)
 
 
