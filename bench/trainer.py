@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,10 @@ def read(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plans", default=",".join(PLANS), help="hymba, llama or both")
     parser.add_argument("--lengths", default="2048,8192,16384,32768", help="tokens of a row")
     parser.add_argument("--tokens", type=int, default=65536, help="a step of one GPU (65536)")
-    parser.add_argument("--micro-tokens", type=int, default=16384, help="at once (16384)")
+    parser.add_argument("--micro-tokens", type=int, default=65536,
+        help="at most so many at once; halved until they fit (65536)")  # fmt: skip
+    parser.add_argument("--least", type=int, default=16384,
+        help="with fewer at once, activations are computed again instead (16384)")  # fmt: skip
     parser.add_argument("--layers", type=int, default=0, help="only so many")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (5)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (2)")
@@ -172,8 +176,8 @@ def read(argv: list[str] | None) -> argparse.Namespace:
     options.lengths = [int(length) for length in options.lengths.split(",")]
     if any(options.tokens % length for length in options.lengths):
         parser.error(f"--tokens {options.tokens} must be whole rows of every length")
-    if min(options.steps, options.warmup) < 1:
-        parser.error("--steps and --warmup must be 1 or more")
+    if min(options.steps, options.warmup, options.least) < 1:
+        parser.error("--steps, --warmup and --least must be 1 or more")
     return options
 
 
@@ -195,6 +199,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def tries(case: Case, least: int) -> Iterator[Case]:
+    """Ever fewer tokens at once, at last with activations computed again."""
+    least = max(least, case.length)
+    while case.micro_tokens > least:
+        yield case
+        case = replace(case, micro_tokens=case.micro_tokens // 2)
+    yield case
+    yield replace(case, recompute=True)
+
+
 def one(
     case: Case,
     options: argparse.Namespace,
@@ -202,9 +216,9 @@ def one(
     device: torch.device,
     report: gpu.Report,
 ) -> None:
-    """A line of the results; where memory is too small, with activations computed again."""
+    """A line of the results, with as many tokens at once as memory holds."""
     config = plan_of(case.preset, case.plan, options.layers)
-    for each in (case, replace(case, recompute=True)):
+    for each in tries(case, options.least):
         name = f"{case.preset}, {case.plan}, rows of {case.length}"
         row = attempt(name, lambda: each.measure(config, options, world, device))  # noqa: B023
         if row is not None:

@@ -73,11 +73,13 @@ def variants_table(data: Record) -> str:
             "beyond training", "decode tok/s", "training tok/s", "cache MB"]  # fmt: skip
     rows, group = [], ""
     for row in data["rows"]:
-        variant = VARIANTS[row["variant"]]
+        variant, figures = VARIANTS[row["variant"]], _figures(row)
+        if not any(figures):  # one task of recall is in the next table
+            continue
         if variant.group != group:
             group = variant.group
             rows.append([f"**{group}**", f"**{GROUPS[group]}**", *[""] * (len(head) - 2)])
-        rows.append([variant.name, variant.about, *_figures(row)])
+        rows.append([variant.name, variant.about, *figures])
     return f"{table(head, rows)}\n\n{_note(data)}"
 
 

@@ -297,7 +297,7 @@ class Trainer:
         counted = sum(int((packed.labels >= 0).sum()) for packed in micro_batches)
         labels = self.world.sum(total + counted).clamp(min=1)
         for number, packed in enumerate(micro_batches, 1):
-            exchange(self.model, self.world, number == len(micro_batches))
+            exchange(self.model, self.world, last=number == len(micro_batches))
             loss = self._nats(packed, self.config.z_loss) / labels
             (loss * self.world.size).backward()  # FSDP2 takes the mean over processes
             total += loss.detach()
