@@ -20,6 +20,7 @@ PACKAGE = ROOT / "hymba"
 
 ROWS: list[list[set[str]]] = [
     [{"errors", "files"}],
+    [{"schemes"}],
     [{"config", "presets"}, {"hub"}, {"ops"}, {"tokenizer"}],
     [{"cache"}],
     [{"model"}],
@@ -34,6 +35,7 @@ TORCH_FREE = [
     "hymba",
     "hymba.errors",
     "hymba.files",
+    "hymba.schemes",
     "hymba.config",
     "hymba.presets",
     "hymba.model.accounting",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba import ops
@@ -25,6 +26,7 @@ from hymba.model.batch import Batch
 from hymba.model.hybrid import Before, Block, Left
 from hymba.model.layers import MetaTokens, RMSNorm, rope_tables
 from hymba.model.memo import fingerprint
+from hymba.model.packed import PackedLinear
 from hymba.model.ssm import is_matrix
 
 
@@ -121,7 +123,7 @@ class Decoder(nn.Module):
                 bad = low if low < 0 else high
                 size = self.config.vocab_size
                 raise UserError(f"token id {bad} is outside the vocabulary (0 to {size - 1})")
-        return self.embed_tokens(rows)
+        return self.embed_tokens(rows).to(self.final_norm.weight.dtype)  # packed rows are wide
 
     def _blocks(self, x: Tensor, batch: Batch, befores: list[Before]) -> tuple[Tensor, list[Left]]:
         """x (batch.meta + N, D) through every block; what each leaves."""
@@ -224,8 +226,20 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Cross-entropy in nats of hidden (N, D) against labels (N), -100 left out; "mean" or
         "sum". Never holds (N, V) for backward. z_loss: see hymba.ops.loss."""
-        total = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels, z_loss)
+        if isinstance(self.lm_head, PackedLinear):
+            total = self._packed_loss(hidden, labels)
+        else:
+            total = ops.linear_cross_entropy(hidden, self.lm_head.weight, labels, z_loss)
         return total if reduction == "sum" else total / (labels != ops.IGNORE).sum().clamp(min=1)
+
+    def _packed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Summed over labels, of a model that is read and not trained."""
+        parts = zip(hidden.split(512), labels.split(512), strict=True)
+        losses = (
+            F.cross_entropy(self.logits(rows).float(), wanted, ignore_index=ops.IGNORE, reduction="sum")
+            for rows, wanted in parts
+        )
+        return torch.stack(list(losses)).sum()
 
     def new_cache(self, slots: int, state_dtype: torch.dtype = torch.float32) -> Cache:
         return self.decoder.new_cache(slots, state_dtype)
@@ -241,11 +255,11 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.embed_tokens.weight.device
+        return self.decoder.final_norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.embed_tokens.weight.dtype
+        return self.decoder.final_norm.weight.dtype
 
     @torch.no_grad()
     def init_weights(

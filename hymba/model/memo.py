@@ -45,8 +45,9 @@ def _values(tensors: list[Tensor]) -> bytes:
     values = []
     for x in tensors:
         flat = x.detach().reshape(-1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        values.append(torch.linalg.vector_norm(flat, dtype=wide).double()[None])
+        if x.is_floating_point():  # packed weights are not merged into, and reading them all is slow
+            wide = torch.promote_types(x.dtype, torch.float32)
+            values.append(torch.linalg.vector_norm(flat, dtype=wide).double()[None])
         values.append(flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].double())
     return torch.cat(values).cpu().numpy().tobytes() if values else b""
 

@@ -15,12 +15,14 @@ import hymba.ops.swiglu  # noqa: F401
 from hymba.ops.attention import Meta, Past
 from hymba.ops.backend import twin
 from hymba.ops.loss import IGNORE
+from hymba.ops.packed import Packed, packed_linear_reference
 from hymba.ops.segments import Segments, send
 from hymba.ops.thin import MOST_ROWS as THIN_ROWS
 
 __all__ = [
     "IGNORE",
     "Meta",
+    "Packed",
     "Past",
     "Segments",
     "add_rms_norm",
@@ -36,6 +38,7 @@ __all__ = [
     "narrow_linear",
     "norm_linear",
     "norm_swiglu",
+    "packed_linear",
     "rms_norm",
     "rms_norms",
     "rope_and_store",
@@ -267,6 +270,12 @@ def narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear(x, weight) of some rows and few outputs: x (S, D), weight (F, D) -> (S, F)."""
     _fit("narrow_linear", weight=(weight.shape[1], x.shape[1]))
     return twin("narrow_linear", x)(x, weight)
+
+
+def packed_linear(x: Tensor, packed: Packed) -> Tensor:
+    """x (N, columns) -> (N, rows): F.linear with a matrix in few bits; see hymba.ops.packed."""
+    _fit("packed_linear", x=(x.shape[1], packed.columns))
+    return packed_linear_reference(x, packed)
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:

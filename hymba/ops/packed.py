@@ -1,0 +1,148 @@
+"""Matrices in few bits, laid out for the kernels that multiply with them.
+
+    weight (rows, columns) ~ codes (rows, columns) * scales (rows, groups)
+
+Rows go in tiles of 32, two halves of 16; a tile is one stream of bytes, read from first to last.
+For each group of G columns it holds
+
+    codes of half 0 | codes of half 1 | 32 scales, float16
+
+and a half's codes are pieces of 64 bytes in which bytes 4r to 4r + 3 belong to row r: with 8 bits
+those of 4 columns, with 4 bits those of 8, the first 4 in the low halves of the bytes, the others
+in the high ones. So one load of a piece is a vector of 16 rows: sums stay in their lanes, and the
+product of four neighbouring codes with four activations is one instruction where there is one
+(VNNI, dp4a). Codes are stored with 2^(bits - 1) added, unsigned. Missing rows and columns of the
+last tile and the last group are zeros.
+
+The layout is also that of files (`hymba.weights`), so that a folder is mapped, not converted.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hymba.schemes import Scheme, SchemeError
+
+TILE = 32
+HALF = 16
+
+
+class Packed(NamedTuple):
+    tiles: Tensor  # (T, groups * scheme.group_bytes) uint8
+    rows: int
+    columns: int
+    scheme: Scheme
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> Packed:
+    """Round to nearest: of a few scales for each group the one with the least squared error."""
+    codes, scales = nearest(grouped(weight, scheme), scheme)
+    return pack(codes.flatten(1), scales, weight.shape[1], scheme)
+
+
+def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """(rows, columns) -> (rows, groups, G) float32, the last group padded with zeros."""
+    rows, columns = weight.shape
+    if not bool(torch.isfinite(weight).all()):
+        raise SchemeError("it holds numbers that are not finite")
+    groups = scheme.groups(columns)
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * scheme.group - columns))
+    return padded.view(rows, groups, scheme.group)
+
+
+def nearest(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """x (rows, groups, G) -> codes (rows, groups, G) int8, scales (rows, groups) float16."""
+    scales = best_scales(x, scheme)
+    return round_to(x, scales, scheme), scales
+
+
+def best_scales(x: Tensor, scheme: Scheme) -> Tensor:
+    """x (..., G) -> (...) float16. There is a code more on the negative side, so the scale that
+    gives it to the largest number is one of those tried, negative if that number is positive."""
+    largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
+    best, least = torch.zeros_like(largest).half(), torch.full_like(largest, torch.inf)
+    for steps in (scheme.most, scheme.most + 0.5, -scheme.most - 1, -scheme.most - 0.5):
+        scale = (largest / steps).half()
+        if not bool(torch.isfinite(scale).all()):
+            raise SchemeError(f"it holds numbers above {65504 * scheme.most:,}")
+        error = (round_to(x, scale, scheme) * scale[..., None].float() - x).square().sum(-1)
+        best, least = torch.where(error < least, scale, best), error.minimum(least)
+    return best
+
+
+def round_to(x: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """x (..., G), scales (...) -> codes (..., G) int8."""
+    wide = scales.float()[..., None]
+    codes = torch.where(wide == 0, 0, x / wide).round()
+    return codes.clamp(-scheme.most - 1, scheme.most).to(torch.int8)
+
+
+def pack(codes: Tensor, scales: Tensor, columns: int, scheme: Scheme) -> Packed:
+    """codes (rows, groups * G) int8, scales (rows, groups) float16, laid out."""
+    rows, groups = scales.shape
+    tiles, zero = -(-rows // TILE), scheme.most + 1
+    raw = torch.full((tiles * TILE, codes.shape[1]), zero, dtype=torch.uint8, device=codes.device)
+    raw[:rows] = (codes.short() + zero).to(torch.uint8)
+    raw = raw.view(tiles, 2, HALF, groups, -1)
+    if scheme.bits == 4:
+        low, high = raw.view(tiles, 2, HALF, groups, scheme.group // 8, 2, 4).unbind(-2)
+        raw = low | high << 4
+    else:
+        raw = raw.view(tiles, 2, HALF, groups, scheme.group // 4, 4)
+    raw = raw.permute(0, 3, 1, 4, 2, 5).reshape(tiles, groups, -1)
+    ends = scales.new_zeros(tiles * TILE, groups, dtype=torch.float16)
+    ends[:rows] = scales
+    ends = ends.view(tiles, TILE, groups).transpose(1, 2).contiguous()
+    ends = ends.view(torch.uint8).view(tiles, groups, 2 * TILE)
+    return Packed(torch.cat([raw, ends], dim=-1).flatten(1), rows, columns, scheme)
+
+
+def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
+    """What `pack` was given: codes (rows, groups * G) int8, scales (rows, groups) float16."""
+    return _unpack(packed.tiles, packed.scheme, packed.rows)
+
+
+def _unpack(tiles: Tensor, scheme: Scheme, rows: int) -> tuple[Tensor, Tensor]:
+    count, groups = len(tiles), tiles.shape[1] // scheme.group_bytes
+    parts = tiles.view(count, groups, -1)
+    raw, ends = parts[..., : -2 * TILE], parts[..., -2 * TILE :]
+    raw = raw.reshape(count, groups, 2, -1, HALF, 4).permute(0, 2, 4, 1, 3, 5)
+    # (T, 2, 16, groups, pieces, 4)
+    if scheme.bits == 4:
+        raw = torch.stack([raw & 15, raw >> 4], dim=-2)
+    codes = (raw.reshape(count * TILE, -1).short() - scheme.most - 1).to(torch.int8)
+    scales = ends.contiguous().view(torch.float16).view(count, groups, TILE)
+    return codes[:rows], scales.transpose(1, 2).reshape(count * TILE, groups)[:rows]
+
+
+def _weights(tiles: Tensor, packed: Packed, rows: int, dtype: torch.dtype) -> Tensor:
+    codes, scales = _unpack(tiles, packed.scheme, rows)
+    wide = codes.view(rows, scales.shape[1], -1).float() * scales[..., None].float()
+    return wide.flatten(1)[:, : packed.columns].to(dtype)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(rows, columns)."""
+    return _weights(packed.tiles, packed, packed.rows, dtype)
+
+
+def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows `ids` (N,) of the matrix, (N, columns): an embedding's look-up."""
+    tiles = packed.tiles[ids // TILE]  # (N, bytes)
+    wide = _weights(tiles, packed, len(tiles) * TILE, dtype).view(len(ids), TILE, -1)
+    return wide.take_along_dim((ids % TILE)[:, None, None], dim=1)[:, 0]
+
+
+def packed_linear_reference(x: Tensor, packed: Packed) -> Tensor:
+    """x (N, columns) -> (N, rows), in x's dtype. A tenth of the matrix is made at a time."""
+    out = x.new_empty(len(x), packed.rows)
+    step = -(-len(packed.tiles) // 10)
+    for first in range(0, len(packed.tiles), step):
+        tiles = packed.tiles[first : first + step]
+        start = first * TILE
+        rows = min(len(tiles) * TILE, packed.rows - start)
+        out[:, start : start + rows] = x @ _weights(tiles, packed, rows, x.dtype).T
+    return out
