@@ -2,6 +2,10 @@
 
     config.json, model.safetensors (or shards and an index), tokenizer and generation files
 
+Weights in few bits (`quantize`) are a folder too: tensors called `.tiles` instead of `.weight`,
+laid out as kernels read them and mapped, not copied, and a `quantization_config` that says which
+is in what scheme.
+
 `load` and `save` are lossless both ways. Reading is strict: a missing, extra or misshaped tensor
 is an error that names it. Writing goes to a temporary name first, so that an interrupted save
 leaves what was there.
@@ -26,6 +30,8 @@ from hymba.config import Config
 from hymba.errors import UserError
 from hymba.hub import find
 from hymba.model.decoder import LanguageModel
+from hymba.model.packed import make_room, packed_tiles, plan, schemes_of
+from hymba.schemes import Scheme, scheme_named
 from hymba.tokenizer import TOKENIZER_FILES
 
 # (official, ours): parts of tensor names. Official names start with "model.", ours "decoder.".
@@ -52,6 +58,7 @@ OFFICIAL_NAMES: tuple[tuple[str, str], ...] = (
 )
 # Files beside the weights that belong to a checkpoint and travel with it.
 SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+QUANTIZED = "quantization_config"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_CARD = """---
 library_name: hymba
@@ -94,23 +101,44 @@ def load(
     model: str | Path,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> LanguageModel:
-    """Load a folder or a hub id ("nvidia/Hymba-1.5B-Base"). dtype None keeps the file's own.
+    """Load a folder or a hub id ("nvidia/Hymba-1.5B-Base"). dtype None keeps the file's own; but on
+    a CPU, numbers beside weights in few bits are float32.
 
-    Raises ConfigError or WeightsError, one line each."""
+    `quantize`, "int8" or "int4", rounds the matrices to so many bits, one after the other: the
+    model is never held in full. `progress(tensors, count)` goes through the file's tensors.
+
+    Raises ConfigError, SchemeError or WeightsError, one line each."""
     kind = _dtype(dtype)
+    scheme = None if quantize is None else scheme_named(quantize)
     target = usable_device(device, kind or torch.float32)
     folder = find(model)
     config = Config.from_folder(folder)
     with torch.device("meta"):
         empty = LanguageModel(config)
-    tensors = {to_ours(name): tensor for name, tensor in _read(folder, target, kind)}
+    schemes = _schemes(folder, config, scheme)
+    if scheme is not None:
+        schemes = schemes or plan(empty, scheme)
+    make_room(empty, schemes, config.tie_embeddings)
+    if schemes and kind is None and target.type == "cpu":
+        kind = torch.float32
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _read(folder, target, kind, progress):
+        module, _, last = to_ours(name).rpartition(".")
+        if last == "weight" and module in schemes:
+            tensors[f"{module}.tiles"] = packed_tiles(name, tensor, schemes[module])
+        else:
+            tensors[to_ours(name)] = tensor
     if config.tie_embeddings:
         _drop_tied_head(tensors, folder)
     wanted = _shapes(empty, config)
     _compare(wanted, {name: tuple(x.shape) for name, x in tensors.items()}, folder)
     empty.load_state_dict(tensors, strict=False, assign=True)
-    if config.tie_embeddings:
+    if config.tie_embeddings and schemes:
+        empty.lm_head.tiles = empty.decoder.embed_tokens.tiles
+    elif config.tie_embeddings:
         empty.lm_head.weight = empty.decoder.embed_tokens.weight
     empty.folder = folder
     return empty.eval()
@@ -139,10 +167,16 @@ def save(
         small[target / "generation_config.json"] = functools.partial(_fill_json, generation)
     if not (target / "README.md").exists():
         small[target / "README.md"] = functools.partial(_fill_text, MODEL_CARD)
-    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    tied = {"lm_head.weight", "lm_head.tiles"} if model.config.tie_embeddings else set()
     state = {to_official(k): v for k, v in model.state_dict().items() if k not in tied}
-    _write_tensors(state, target, max_shard_bytes)
-    keys = model.config.to_dict()
+    schemes, keys = schemes_of(model), model.config.to_dict()
+    keys.pop(QUANTIZED, None)
+    if schemes:
+        keys[QUANTIZED] = _described(schemes)
+        _write({target / SINGLE: functools.partial(_fill_packed, state)})
+        _remove_others(target, {SINGLE})
+    else:
+        _write_tensors(state, target, max_shard_bytes)
     keys["dtype" if "dtype" in keys else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
     small[target / "config.json"] = functools.partial(_fill_json, keys)
     _write(small)
@@ -178,6 +212,45 @@ def _check_device(device: torch.device, dtype: torch.dtype) -> None:
         raise WeightsError(f"{device} cannot compute in {dtype}: {reason}") from None
 
 
+def _schemes(folder: Path, config: Config, wanted: Scheme | None) -> dict[str, Scheme]:
+    """How the modules of a folder are packed, by our names; empty if they are not."""
+    kept = config.source.get(QUANTIZED)
+    if kept is None:
+        return {}
+    where = folder / "config.json"
+    if not isinstance(kept, dict) or kept.get("quant_method") != "hymba":
+        method = kept.get("quant_method", "?") if isinstance(kept, dict) else kept
+        raise WeightsError(
+            f"{where}: its weights are quantised by {method}, which cannot be read here: take the"
+            " model as it was trained, and quantize it here"
+        )
+    if kept.get("version") != 1:
+        raise WeightsError(f"{where}: quantised weights of version {kept.get('version')}, not 1")
+    modules = kept.get("modules")
+    if not isinstance(modules, dict):
+        raise WeightsError(f"{where}: {QUANTIZED} does not say which modules are in which scheme")
+    found = {
+        to_ours(f"{name}.weight").removesuffix(".weight"): scheme_named(scheme)
+        for scheme, names in modules.items()
+        for name in names
+    }
+    if wanted is not None and kept.get("scheme") != wanted.name:
+        raise WeightsError(
+            f"{folder} is in {kept.get('scheme')} already: quantize the model that it was made from"
+        )
+    return found
+
+
+def _described(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """The `quantization_config` of a model: every packed module by its official name."""
+    modules: dict[str, list[str]] = {}
+    for name, scheme in schemes.items():
+        official = to_official(f"{name}.weight").removesuffix(".weight")
+        modules.setdefault(scheme.name, []).append(official)
+    few = min(schemes.values(), key=lambda scheme: scheme.bits)
+    return {"quant_method": "hymba", "version": 1, "scheme": few.name, "modules": modules}
+
+
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
@@ -194,17 +267,22 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(
-    folder: Path, device: torch.device, dtype: torch.dtype | None
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> Iterable[tuple[str, Tensor]]:
     for file in _files(folder):
         try:
             with safe_open(str(file), framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                names: Iterable[str] = tensors.keys()
+                for name in progress(names, len(list(names))) if progress else names:
                     tensor = tensors.get_tensor(name)
-                    if not tensor.is_floating_point():
+                    tiles = tensor.dtype == torch.uint8 and name.endswith(".tiles")
+                    if not (tensor.is_floating_point() or tiles):
                         kind = str(tensor.dtype).removeprefix("torch.")
                         raise WeightsError(f"{file}: {name} holds {kind}, which is no weight")
-                    yield name, tensor.to(device=device, dtype=dtype)
+                    yield name, tensor.to(device=device, dtype=None if tiles else dtype)
         except SafetensorError as error:
             raise WeightsError(f"{file} is damaged or cut short ({error})") from None
 
@@ -212,7 +290,7 @@ def _read(
 def _shapes(model: LanguageModel, config: Config) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if config.tie_embeddings:
-        del shapes["lm_head.weight"]
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("lm_head.")}
     return shapes
 
 
@@ -276,11 +354,38 @@ def _write_tensors(state: dict[str, Tensor], folder: Path, max_shard_bytes: int)
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         files[folder / INDEX] = functools.partial(_fill_json, index)
     _write(files)
-    if not split.is_sharded:
-        (folder / INDEX).unlink(missing_ok=True)
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in split.filename_to_tensors:  # of an earlier save here, in other shards
-            old.unlink()
+    _remove_others(folder, {*split.filename_to_tensors, INDEX if split.is_sharded else ""})
+
+
+def _remove_others(folder: Path, kept: set[str]) -> None:
+    """Files of an earlier save here, in other shards."""
+    for old in (folder / INDEX, *folder.glob("model*.safetensors")):
+        if old.name not in kept:
+            old.unlink(missing_ok=True)
+
+
+def _fill_packed(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file whose bytes start at multiples of 64, where wide loads want them: tiles
+    first, each a multiple of 64 bytes long, and the header filled up with spaces. The library puts
+    them after all wider numbers."""
+    ordered = sorted(tensors.items(), key=lambda item: item[1].dtype != torch.uint8)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, x in ordered:
+        kind = _KINDS.get(x.dtype)
+        if kind is None:
+            raise WeightsError(f"{name} is {x.dtype}, which files of packed weights do not hold")
+        start, end = end, end + x.nbytes
+        header[name] = {"dtype": kind, "shape": list(x.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, x in ordered:
+            file.write(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+_KINDS = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _fill_tensors(tensors: dict[str, Tensor], path: Path) -> None:

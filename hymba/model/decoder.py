@@ -236,7 +236,9 @@ class LanguageModel(nn.Module):
         """Summed over labels, of a model that is read and not trained."""
         parts = zip(hidden.split(512), labels.split(512), strict=True)
         losses = (
-            F.cross_entropy(self.logits(rows).float(), wanted, ignore_index=ops.IGNORE, reduction="sum")
+            F.cross_entropy(
+                self.logits(rows).float(), wanted, ignore_index=ops.IGNORE, reduction="sum"
+            )
             for rows, wanted in parts
         )
         return torch.stack(list(losses)).sum()

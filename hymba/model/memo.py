@@ -45,7 +45,7 @@ def _values(tensors: list[Tensor]) -> bytes:
     values = []
     for x in tensors:
         flat = x.detach().reshape(-1)
-        if x.is_floating_point():  # packed weights are not merged into, and reading them all is slow
+        if x.is_floating_point():  # nothing merges into packed ones
             wide = torch.promote_types(x.dtype, torch.float32)
             values.append(torch.linalg.vector_norm(flat, dtype=wide).double()[None])
         values.append(flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].double())

@@ -1,7 +1,7 @@
 """A model whose matrices are kept in few bits: modules that stand where Linear and Embedding stood.
 
-What is packed is decided by name and shape, in `plan`: the projections, and the embedding with its
-head. Everything else (norms, convolution, A, D, dt's bias, meta tokens) is under one per cent of the
+What is packed is decided by name, in `plan`: the projections, and the embedding with its head.
+Everything else (norms, convolution, A, D, dt's bias, meta tokens) is under one per cent of the
 weights and stays as it is. A packed weight is bytes, not numbers, so it has no gradient: rows that
 need one get it through the reference, which makes the matrix.
 """
