@@ -59,6 +59,8 @@ MODEL_CLASS = re.compile(
 ONLY_IN = {
     "triton": re.compile(r"_triton\.py$"),
     "cuda": re.compile(r"_cuda\.py$"),
+    "numba": re.compile(r"^(ops|engine)/cpu/"),
+    "llvmlite": re.compile(r"^(ops|engine)/cpu/"),
     "ray": re.compile(r"^server/replicas\.py$"),
     "xgrammar": re.compile(r"^engine/grammar\.py$"),
     "trl": re.compile(r"^finetune/"),
