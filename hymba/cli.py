@@ -30,6 +30,7 @@ COMMANDS = {
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
     "lab": ("hymba.commands.lab", "compare architectures of one size: language, recall, cost"),
     "probe": ("hymba.commands.probe", "what a model's heads do, as a page of figures"),
+    "quantize": ("hymba.commands.quantize", "keep a model's matrices in 8 or 4 bits"),
     "serve": ("hymba.commands.serve", "an OpenAI-style server with a chat page"),
     "train": ("hymba.commands.train", "train a model as a recipe says"),
 }

@@ -102,13 +102,13 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LanguageModel:
     """Load a folder or a hub id ("nvidia/Hymba-1.5B-Base"). dtype None keeps the file's own; but on
     a CPU, numbers beside weights in few bits are float32.
 
     `quantize`, "int8" or "int4", rounds the matrices to so many bits, one after the other: the
-    model is never held in full. `progress(tensors, count)` goes through the file's tensors.
+    model is never held in full. `progress` is told ("quantising", tensors done, of how many).
 
     Raises ConfigError, SchemeError or WeightsError, one line each."""
     kind = _dtype(dtype)
@@ -125,7 +125,9 @@ def load(
     if schemes and kind is None and target.type == "cpu":
         kind = torch.float32
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _read(folder, target, kind, progress):
+    for name, tensor in _read(folder, target, kind):
+        if progress is not None and scheme is not None:
+            progress("quantising", len(tensors), len(_shapes(empty, config)))
         module, _, last = to_ours(name).rpartition(".")
         if last == "weight" and module in schemes:
             tensors[f"{module}.tiles"] = packed_tiles(name, tensor, schemes[module])
@@ -267,16 +269,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    folder: Path, device: torch.device, dtype: torch.dtype | None
 ) -> Iterable[tuple[str, Tensor]]:
     for file in _files(folder):
         try:
             with safe_open(str(file), framework="pt") as tensors:
-                names: Iterable[str] = tensors.keys()
-                for name in progress(names, len(list(names))) if progress else names:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor = tensors.get_tensor(name)
                     tiles = tensor.dtype == torch.uint8 and name.endswith(".tiles")
                     if not (tensor.is_floating_point() or tiles):

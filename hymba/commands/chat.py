@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from hymba.commands import choose_threads, parse
+from hymba.commands import bar, choose_threads, parse
 from hymba.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Options:
     """cpu, cuda, ...; without it a GPU where there is one."""
     dtype: str | None = None
     """float32, bfloat16, ...; without it the checkpoint's own."""
+    quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME")] = None
+    """int8 or int4: the matrices in so many bits (a folder made by `hymba quantize` has them)."""
     threads: int = 0
     """CPU threads (0: half the cores)."""
 
@@ -82,7 +84,15 @@ def main(argv: Sequence[str]) -> int:
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     choose_threads(options.threads)
     alone = Limits(max_sequences=1)
-    llm = LLM(options.model, device=options.device, dtype=options.dtype, limits=alone)
+    with bar() as progress:
+        llm = LLM(
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            limits=alone,
+            quantize=options.quantize,
+            progress=progress,
+        )
     tokenizer = llm.tokenizer_or_error()
     if tokenizer.has_chat_template:
         tokenizer.prepare_chat()  # takes seconds, and is not the first answer's time

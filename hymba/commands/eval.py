@@ -71,6 +71,8 @@ class Options:
     """cpu or cuda; without it a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the weights are made; without it they stay as they are."""
+    quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME")] = None
+    """int8 or int4: the matrices in so many bits."""
     through_transformers: bool = False
     """Run a Hymba model by lm-eval's own class too, for comparison."""
     out: Path | None = None
@@ -150,6 +152,7 @@ def _own(options: Options) -> int:
         batch=8 if options.batch == "auto" else int(options.batch),
         device=options.device,
         dtype=options.dtype,
+        quantize=options.quantize,
         through_transformers=options.through_transformers,
         out=options.out,
         plot=options.plot,
@@ -180,6 +183,7 @@ def plan_of(options: Options) -> Plan:
         batch=None if options.batch == "auto" else int(options.batch),
         device=options.device,
         dtype=options.dtype,
+        quantize=options.quantize,
         out=options.out,
         log_samples=options.log_samples,
         fresh=options.fresh,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from hymba.commands import choose_threads, parse
+from hymba.commands import bar, choose_threads, parse
 from hymba.commands.chat import UNSEEN
 from hymba.commands.generate_file import Answers, Job, interruptible
 from hymba.commands.generate_lines import Questions
@@ -95,6 +95,8 @@ class Options:
     """cpu, cuda, ...; without it a GPU where there is one."""
     dtype: str | None = None
     """float32, bfloat16, ...; without it the checkpoint's own."""
+    quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME")] = None
+    """int8 or int4: the matrices in so many bits (a folder made by `hymba quantize` has them)."""
     threads: int = 0
     """CPU threads (0: half the cores)."""
 
@@ -162,7 +164,15 @@ def _open(options: Options, sequences: int = 0) -> LLM:
     from hymba.engine import LLM
 
     choose_threads(options.threads)
-    return LLM(options.model, options.device, options.dtype, _limits(options, sequences))
+    with bar() as progress:
+        return LLM(
+            options.model,
+            options.device,
+            options.dtype,
+            _limits(options, sequences),
+            quantize=options.quantize,
+            progress=progress,
+        )
 
 
 def _limits(options: Options, sequences: int) -> Limits:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from hymba.commands import choose_threads, parse
+from hymba.commands import bar, choose_threads, parse
 from hymba.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class Options:
     """cpu, cuda, ...; without it a GPU where there is one."""
     dtype: str | None = None
     """float32, bfloat16, ...; without it the checkpoint's own."""
+    quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME")] = None
+    """int8 or int4: the matrices in so many bits (a folder made by `hymba quantize` has them)."""
     threads: int = 0
     """CPU threads (0: half the cores), of all replicas together."""
     replicas: int = 1
@@ -146,7 +148,15 @@ def _open(options: Options) -> tuple[LLM, Settings]:
         queue=options.queue,
     )
     folder = find(options.model)
-    llm = LLM(folder, device=options.device, dtype=options.dtype, limits=limits)
+    with bar() as progress:
+        llm = LLM(
+            folder,
+            device=options.device,
+            dtype=options.dtype,
+            limits=limits,
+            quantize=options.quantize,
+            progress=progress,
+        )
     return llm, _settings(options)
 
 

@@ -41,15 +41,18 @@ class LLM:
         dtype: str | torch.dtype | None = None,
         limits: Limits | None = None,
         tokenizer: Tokenizer | None = None,
+        quantize: str | None = None,
+        progress: Callable[[str, int, int | None], None] | None = None,
     ):
-        """`device`: a GPU where there is one; `dtype`: the checkpoint's own. A model that is loaded
-        already stays what and where it is; its tokenizer is in the folder it came from."""
+        """`device`: a GPU where there is one; `dtype`, `quantize`, `progress`: as `hymba.load` has
+        them. A model that is loaded already stays what and where it is; its tokenizer is in the
+        folder it came from."""
         if isinstance(model, LanguageModel):
             folder = model.folder
         else:
             folder = find(model)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model = load(folder, device, dtype)
+            model = load(folder, device, dtype, quantize, progress)
         self.model = model
         self.tokenizer = tokenizer or _tokenizer_of(folder)
         self.engine = Engine(model, self.tokenizer, limits)

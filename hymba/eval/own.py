@@ -50,6 +50,7 @@ class Plan:
     batch: int = 8
     device: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
     through_transformers: bool = False
     out: Path | None = None
     plot: Path | None = None
@@ -77,7 +78,7 @@ def measure(
 ) -> tuple[dict[str, Any], Finished]:
     through = "transformers" if plan.through_transformers else ""
     device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    subject = open_subject(folder, device, plan.dtype, through)
+    subject = open_subject(folder, device, plan.dtype, through, plan.quantize)
     subject.name = plan.model
     finished = Finished(
         plan.out if plan.suite == "recall" else None,
@@ -142,4 +143,4 @@ def _of(plan: Plan, folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {"dtype": plan.dtype, "samples": plan.samples}
     if plan.suite == "perplexity":
         settings |= {"lengths": plan.lengths, "text": plan.text}
-    return made_of(plan.model, folder, plan.through_transformers, **settings)
+    return made_of(plan.model, folder, plan.through_transformers, plan.quantize, **settings)

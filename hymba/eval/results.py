@@ -85,12 +85,17 @@ def check_place(path: Path, kind: str) -> None:
 
 
 def made_of(
-    model: str, folder: Path, through_transformers: bool, **settings: Any
+    model: str,
+    folder: Path,
+    through_transformers: bool,
+    quantize: str | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """What stands beside a result, so that it is known whose it is whatever is done later."""
+    rounded = [] if quantize is None else [quantize]  # other weights
     return {
-        "model": model,
-        "weights": fingerprint(weights_of(folder)),
+        "model": " in ".join([model, *rounded]),
+        "weights": fingerprint(weights_of(folder), *rounded),
         "through_transformers": through_transformers,
         "command": _command(),
         **_plain(settings),

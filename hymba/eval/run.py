@@ -55,6 +55,7 @@ class Plan:
     batch: int | None = None  # None: as many as fit
     device: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
     out: Path | None = None
     log_samples: bool = False
     fresh: bool = False
@@ -149,17 +150,22 @@ class _Model:
         self.plan, self.folder, self.world, self.device = plan, folder, world, device
         self._lm: Any = None
         check_tokenizer(folder)
+        if plan.quantize is not None and (plan.through_transformers or not self._ours()):
+            raise EvalError("only Hymba models, on our own code, can be quantised here")
 
     @property
     def lm(self) -> Any:
         if self._lm is None:
             plan = self.plan
-            if kind_of(self.folder) == "hymba" and not plan.through_transformers:
-                model = load(self.folder, self.device, plan.dtype)
+            if self._ours() and not plan.through_transformers:
+                model = load(self.folder, self.device, plan.dtype, plan.quantize)
                 self._lm = OurLM(model, self.folder, self.world, plan.batch, sys.stderr.isatty())
             else:
                 self._lm = peer_lm(self.folder, str(self.device), plan.dtype, plan.batch)
         return self._lm
+
+    def _ours(self) -> bool:
+        return kind_of(self.folder) == "hymba"
 
     def say(self, line: str) -> None:
         if self.world.first:
@@ -188,6 +194,7 @@ def _of(plan: Plan, folder: Path) -> dict[str, Any]:
         plan.model,
         folder,
         plan.through_transformers,
+        plan.quantize,
         dtype=plan.dtype,
         limit=plan.limit,
         chat=plan.chat,

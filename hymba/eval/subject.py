@@ -228,16 +228,20 @@ def open_subject(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     through: str = "",
+    quantize: str | None = None,
 ) -> Subject:
     """The model of a folder or a hub id. Ours run on our own code; `through="transformers"` puts
-    them through transformers like any other. UserError, one line, for all that cannot be read."""
+    them through transformers like any other. `quantize`: as `hymba.load` has it. UserError, one
+    line, for all that cannot be read."""
     folder = find(name, FILES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = _kind(folder)
     check_tokenizer(folder)  # transformers makes an empty one where there is none
     if kind == "hymba" and through != "transformers":
         tokenizer = Tokenizer.from_folder(folder)  # first: without one the weights are no use
-        return Ours(load(folder, device, dtype), tokenizer, str(name))
+        return Ours(load(folder, device, dtype, quantize), tokenizer, str(name))
+    if quantize is not None:
+        raise SubjectError("only Hymba models, on our own code, can be quantised here")
     from hymba.hf.any import open_any  # slow to import, and not needed for our own
 
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
