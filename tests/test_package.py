@@ -125,7 +125,7 @@ def modules() -> Iterator[str]:
     for path in sorted((ROOT / "hymba").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         outer = ("hymba.commands", "hymba.server", "hymba.__main__", "hymba.finetune")
-        outer += ("hymba.eval.harness", "hymba.eval.run")
+        outer += ("hymba.eval.harness", "hymba.eval.run", "hymba.export")
         if not name.startswith(outer) and "_triton" not in name:
             yield name
 
