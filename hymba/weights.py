@@ -31,7 +31,7 @@ from hymba.errors import UserError
 from hymba.hub import find
 from hymba.model.decoder import LanguageModel
 from hymba.model.packed import make_room, packed_tiles, plan, schemes_of
-from hymba.schemes import Scheme, scheme_named
+from hymba.schemes import SCHEMES, Scheme, scheme_named
 from hymba.tokenizer import TOKENIZER_FILES
 
 # (official, ours): parts of tensor names. Official names start with "model.", ours "decoder.".
@@ -119,6 +119,9 @@ def load(
     with torch.device("meta"):
         empty = LanguageModel(config)
     schemes = _schemes(folder, config, scheme)
+    strange = schemes.keys() - plan(empty, SCHEMES["int8"]).keys()
+    if strange:
+        raise WeightsError(f"{folder}: config.json quantises {some(strange)}, which it has not")
     if scheme is not None:
         schemes = schemes or plan(empty, scheme)
     make_room(empty, schemes, config.tie_embeddings)

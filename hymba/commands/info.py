@@ -22,6 +22,7 @@ from hymba.errors import UserError
 from hymba.hub import looks_like_hub_id
 from hymba.model import accounting
 from hymba.presets import PRESETS
+from hymba.schemes import SCHEMES
 
 EXAMPLES = (
     "hymba-1.5b",
@@ -159,13 +160,22 @@ def plan(config: Config) -> dict[str, str]:
     return {row: "".join(map(draw, config.layers)) for row, draw in _ROWS.items()}
 
 
+def _weights(config: Config, total: int) -> str:
+    """Their bytes as they are released, or in the scheme that a folder keeps them in."""
+    kept = config.source.get("quantization_config")
+    scheme = SCHEMES.get(kept.get("scheme", "")) if isinstance(kept, dict) else None
+    if scheme is None:
+        return f"{_short(WEIGHT_BYTES * total, 'B')} in bfloat16"
+    return f"about {_short(total * scheme.group_bytes / scheme.group / 32, 'B')} in {scheme.name}"
+
+
 def report(name: str, config: Config, context: int) -> str:
     """The same as text for people, at most 100 columns wide."""
     facts = describe(config, context)
     total = facts["parameters"]["total"]
     flops = f"token number {context:,} costs {_short(facts['flops_per_token'], 'FLOP')} forward"
     blocks = [
-        [f"{name}: {total:,} parameters, {_short(WEIGHT_BYTES * total, 'B')} in bfloat16"],
+        [f"{name}: {total:,} parameters, {_weights(config, total)}"],
         [f"  {part:<9}  {line}" for part, line in sizes(config).items()],
         _draw_plan(facts["plan"]) + _far_sharing(config),
         _parameter_table(facts["parameters"]),

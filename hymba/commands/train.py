@@ -160,10 +160,16 @@ def _nothing(_: str) -> None:
 def _build(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     """The model that the run begins with, in float32, with the tokenizer's ids."""
     from hymba.model.decoder import LanguageModel
+    from hymba.model.packed import schemes_of
     from hymba.weights import load
 
     if config.start_from is not None:
         model = load(config.start_from, dtype="float32")
+        if schemes_of(model):
+            raise UserError(
+                f"{config.start_from} has quantised weights, which cannot be trained: start from"
+                " the model as it was trained"
+            )
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"{config.start_from} knows {model.config.vocab_size} tokens, the data has"

@@ -71,6 +71,11 @@ def register(model_type: str) -> None:
 def refuse_misfit(report: Mapping[str, Any], where: str, misshaped_is_fine: bool) -> None:
     """transformers only warns where tensors are missing or left over, and calls the rest of a
     silently wrong model "newly initialized". Raises WeightsError, one line with official names."""
+    if any(name.endswith(".tiles") for name in report["unexpected_keys"]):
+        raise WeightsError(
+            f"{where} has quantised weights, which hymba.load reads and every command but finetune"
+            " and train; take the model as it was trained"
+        )
     shapes = [] if misshaped_is_fine else report["mismatched_keys"]
     faults = [
         _fault("missing", map(to_file, sorted(report["missing_keys"]))),

@@ -107,20 +107,21 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
 
 def _unpack(tiles: Tensor, scheme: Scheme, rows: int) -> tuple[Tensor, Tensor]:
     count, groups = len(tiles), tiles.shape[1] // scheme.group_bytes
-    parts = tiles.view(count, groups, -1)
+    parts = tiles.view(count, groups, scheme.group_bytes)
     raw, ends = parts[..., : -2 * TILE], parts[..., -2 * TILE :]
-    raw = raw.reshape(count, groups, 2, -1, HALF, 4).permute(0, 2, 4, 1, 3, 5)
+    pieces = scheme.group * scheme.bits // 32
+    raw = raw.reshape(count, groups, 2, pieces, HALF, 4).permute(0, 2, 4, 1, 3, 5)
     # (T, 2, 16, groups, pieces, 4)
     if scheme.bits == 4:
         raw = torch.stack([raw & 15, raw >> 4], dim=-2)
-    codes = (raw.reshape(count * TILE, -1).short() - scheme.most - 1).to(torch.int8)
+    codes = (raw.reshape(count * TILE, groups * scheme.group).short() - scheme.most - 1).to(torch.int8)
     scales = ends.contiguous().view(torch.float16).view(count, groups, TILE)
     return codes[:rows], scales.transpose(1, 2).reshape(count * TILE, groups)[:rows]
 
 
 def _weights(tiles: Tensor, packed: Packed, rows: int, dtype: torch.dtype) -> Tensor:
     codes, scales = _unpack(tiles, packed.scheme, rows)
-    wide = codes.view(rows, scales.shape[1], -1).float() * scales[..., None].float()
+    wide = codes.view(*scales.shape, packed.scheme.group).float() * scales[..., None].float()
     return wide.flatten(1)[:, : packed.columns].to(dtype)
 
 
@@ -132,7 +133,8 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows `ids` (N,) of the matrix, (N, columns): an embedding's look-up."""
     tiles = packed.tiles[ids // TILE]  # (N, bytes)
-    wide = _weights(tiles, packed, len(tiles) * TILE, dtype).view(len(ids), TILE, -1)
+    wide = _weights(tiles, packed, len(tiles) * TILE, dtype)
+    wide = wide.view(len(ids), TILE, packed.columns)
     return wide.take_along_dim((ids % TILE)[:, None, None], dim=1)[:, 0]
 
 
