@@ -1,0 +1,312 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Products with matrices in few bits as GPU kernels; see `hymba.ops.packed` for their layout.
+
+What bounds them: for a few rows the bytes of the matrix, read once as they lie, and hardly less the
+instructions that make numbers of codes, of which a byte holds two. So there are as few as can be:
+
+    word of a row    | c7 c3 | c6 c2 | c5 c1 | c4 c0 |      8 codes of 4 bits, columns 0 to 7
+    and a mask       |    c3 |       |    c1 |       |      two codes, each in 16 bits of its own
+    or 0x4300        |  128 + c3     |  128 + c1     |      which are bfloat16 numbers now
+    minus 136        |  code         |  code         |      one instruction for two
+
+Codes are exact in bfloat16, and so is their product with an activation on the tensor cores, which
+cost the same for one row as for eight. Only a group's sum (16 or 32 rows by 1 or 8) meets its
+scales, in float32: nothing is rounded but sums. Activations of 32 bits go in three bfloat16 parts.
+The columns of a word come in another order than they lie in memory; the activations are put in that
+order instead, they are few.
+
+    program    a tile of 32 rows, or half of one where there are few tiles; all its columns
+    turn       so many groups; the bytes of the next turn are on their way meanwhile
+    warp       some of the turn's groups; in the end the groups' sums are added, in a fixed order
+
+No sum is shared between programs, so results are the same every time, and a row's numbers do not
+depend on the rows beside it. The first bytes are asked for before the kernel in front has ended
+(`chain_triton`). More than `MOST_ROWS` rows are cheaper with the matrix written out in their own
+dtype and a library's product.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
+from hymba.ops.chain_triton import wait
+from hymba.ops.packed import TILE, Packed
+from hymba.ops.step_triton import dot_type
+
+MOST_ROWS = 32
+PROCESSORS = 132  # of an H100 or H200
+BLOCK = 8  # rows of activations that a program takes, the narrowest of a matrix instruction
+
+
+class Cut(NamedTuple):
+    """What a program does at a time."""
+
+    halves: int  # of a tile
+    columns: int  # of a turn
+    warps: int
+
+
+class Tiling(NamedTuple):
+    """How the work is cut; module-wide so that a benchmark can try others."""
+
+    many: Cut = Cut(2, 1024, 8)  # tiles for all processors
+    few: Cut = Cut(1, 2048, 8)
+    chain: bool = True  # starts while the kernel before it ends
+
+
+TILING = Tiling()
+
+
+@triton.jit
+def _two(pair, DOT: tl.constexpr):
+    """The two bfloat16 numbers in a word, as a last dimension."""
+    if DOT == tl.bfloat16:
+        low = pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        high = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        low = (pair << 16).to(tl.float32, bitcast=True)
+        high = (pair & -65536).to(tl.float32, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _codes(w, BITS: tl.constexpr, DOT: tl.constexpr):
+    """Words (G, M, P) -> codes (G, M, columns), as numbers, in the order that `_ordered` makes."""
+    if BITS == 4:
+        a = (w & 0x000F000F) | 0x43004300
+        b = ((w >> 4) & 0x000F000F) | 0x43004300
+        c = ((w >> 8) & 0x000F000F) | 0x43004300
+        d = ((w >> 12) & 0x000F000F) | 0x43004300
+        y = _two(tl.join(tl.join(a, c), tl.join(b, d)), DOT)
+        y -= 136.0
+    else:  # the lower 7 bits as above; the eighth tells whether 128 or 256 has to go
+        b = tl.join(w, w >> 8)
+        y = _two((b & 0x007F007F) | 0x43004300, DOT)
+        y -= _two((b & 0x00800080) ^ 0x43804380, DOT)
+    return tl.reshape(y, (w.shape[0], w.shape[1], w.shape[2] * 32 // BITS))
+
+
+@triton.jit
+def _ordered(x, BITS: tl.constexpr, BACK: tl.constexpr = False):
+    """(G, M, columns) in their own order -> in that of `_codes`; or back."""
+    G: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    C: tl.constexpr = x.shape[2]
+    if BITS == 4:
+        y = tl.reshape(x, (G, M, C // 8, 2, 2, 2))
+        y = tl.permute(y, (0, 1, 2, 4, 5, 3)) if BACK else tl.permute(y, (0, 1, 2, 5, 3, 4))
+    else:
+        y = tl.permute(tl.reshape(x, (G, M, C // 4, 2, 2)), (0, 1, 2, 4, 3))
+    return tl.reshape(y, (G, M, C))
+
+
+@triton.jit
+def _turn(words, scales, g, groups, P: tl.constexpr, HALVES: tl.constexpr):
+    """Words (G, HALVES * 16 P) as they lie and scales (G, HALVES * 16) of groups g."""
+    STRIDE: tl.constexpr = 32 * P + 16  # words of a group, 32 scales among them
+    word, row, there = tl.arange(0, HALVES * 16 * P), tl.arange(0, HALVES * 16), g < groups
+    at = words + g[:, None] * STRIDE + word[None, :]
+    w = tl.load(at, mask=there[:, None], other=0, eviction_policy="evict_first")
+    at = scales + g[:, None] * (2 * STRIDE) + row[None, :]
+    return w, tl.load(at, mask=there[:, None], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _rows_of(w, P: tl.constexpr, HALVES: tl.constexpr):
+    """Words (G, HALVES * 16 P) as they lie -> (G, HALVES * 16, P)."""
+    G: tl.constexpr = w.shape[0]
+    w = tl.permute(tl.reshape(w, (G, HALVES, P, 16)), (0, 1, 3, 2))
+    return tl.reshape(w, (G, HALVES * 16, P))
+
+
+@triton.jit(do_not_specialize=["S"])
+def _packed_linear_kernel(
+    x, words, scales, out, S, F, D, groups, stride_x,
+    BITS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    P: tl.constexpr = GROUP * BITS // 32  # words of a row's group
+    STRIDE: tl.constexpr = 32 * P + 16
+    tile, half = tl.program_id(0) // (2 // HALVES), tl.program_id(0) % (2 // HALVES)
+    words += tile.to(tl.int64) * groups * STRIDE + half * 16 * P
+    scales += tile.to(tl.int64) * groups * 2 * STRIDE + 64 * P + half * 16
+    turn, column = tl.arange(0, TURN), tl.arange(0, GROUP)
+    n = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    x += (n * stride_x)[None, :, None]
+    acc = tl.zeros([TURN, HALVES * 16, ROWS], tl.float32)
+    w, s = _turn(words, scales, turn, groups, P, HALVES)
+    wait(CHAINED)
+    for first in range(0, groups, TURN):
+        g = first + turn
+        next_w, next_s = _turn(words, scales, g + TURN, groups, P, HALVES)
+        at = (g * GROUP)[:, None, None] + column[None, None, :]
+        there = (n < S)[None, :, None] & (g < groups)[:, None, None]
+        if not EVEN:
+            there = there & (at < D)
+        v = _ordered(tl.load(x + at, mask=there, other=0.0), BITS)
+        codes = _codes(_rows_of(w, P, HALVES), BITS, DOT)
+        part = v.to(DOT)
+        y = tl.dot(codes, tl.permute(part, (0, 2, 1)), input_precision="ieee")
+        for _ in tl.static_range(PARTS - 1):
+            v = v.to(tl.float32) - part.to(tl.float32)
+            part = v.to(DOT)
+            y = tl.dot(codes, tl.permute(part, (0, 2, 1)), y, input_precision="ieee")
+        acc += y * s.to(tl.float32)[:, :, None]
+        w, s = next_w, next_s
+    y = tl.sum(acc, 0)  # (rows of the matrix, ROWS)
+    row = tile * 32 + half * 16 + tl.arange(0, HALVES * 16)
+    there = (row < F)[:, None] & (n < S)[None, :]
+    tl.store(out + n[None, :] * F + row[:, None], y.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _dequantize_kernel(
+    words, scales, out, F, D, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """A turn of a tile, written out: (32, TURN * GROUP) of out (F, D)."""
+    P: tl.constexpr = GROUP * BITS // 32
+    STRIDE: tl.constexpr = 32 * P + 16
+    tile, g = tl.program_id(0).to(tl.int64), tl.program_id(1) * TURN + tl.arange(0, TURN)
+    words += tile * groups * STRIDE
+    scales += tile * groups * 2 * STRIDE + 64 * P
+    w, s = _turn(words, scales, g, groups, P, 2)
+    codes = _ordered(_codes(_rows_of(w, P, 2), BITS, DOT), BITS, BACK=True)
+    y = codes.to(tl.float32) * s.to(tl.float32)[:, :, None]
+    row = tile * 32 + tl.arange(0, 32)
+    column = g[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    there = (row < F)[None, :, None] & (column < D)
+    tl.store(out + row[None, :, None] * D + column, y.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _packed_rows_kernel(
+    ids, words, scales, out, D, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, DOT: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Row ids[i] of the matrix, written out as row i of out (N, D)."""
+    P: tl.constexpr = GROUP * BITS // 32
+    STRIDE: tl.constexpr = 32 * P + 16
+    g, piece = tl.arange(0, GROUPS), tl.arange(0, P)
+    i = tl.program_id(0).to(tl.int64)
+    wait(CHAINED)
+    row = tl.load(ids + i)
+    tile, r = row // 32, row % 32
+    words += tile * groups * STRIDE + r // 16 * (16 * P) + r % 16
+    scales += tile * groups * 2 * STRIDE + 64 * P + r
+    at = g[:, None, None] * STRIDE + piece[None, None, :] * 16
+    w = tl.load(words + at, mask=(g < groups)[:, None, None], other=0)  # (G, 1, P)
+    s = tl.load(scales + g * (2 * STRIDE), mask=g < groups, other=0.0).to(tl.float32)
+    y = _ordered(_codes(w, BITS, DOT), BITS, BACK=True).to(tl.float32) * s[:, None, None]
+    column = g[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    tl.store(out + i * D + column, y.to(out.dtype.element_ty), mask=column < D)
+
+
+def packed_linear(x: Tensor, packed: Packed) -> Tensor:
+    """As `hymba.ops.packed.packed_linear_reference`, without gradients."""
+    tiles, rows, columns, scheme = packed
+    if len(x) > MOST_ROWS:
+        return F.linear(x, dequantize(tiles, rows, columns, scheme.bits, scheme.group, x.dtype))
+    return _thin(x, tiles, rows, columns, scheme.bits, scheme.group)
+
+
+def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As `hymba.ops.packed.packed_rows`."""
+    tiles, _, columns, scheme = packed
+    return _rows(ids, tiles, columns, scheme.bits, scheme.group, dtype)
+
+
+def _words(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The same bytes as whole words and as scales."""
+    return tiles.view(torch.int32), tiles.view(torch.float16)
+
+
+def cut_of(rows: int, groups: int, group: int) -> Cut:
+    """For a matrix of so many rows and groups; `columns` are those of whole groups."""
+    cut = TILING.many if rows >= 2 * TILE * PROCESSORS else TILING.few
+    turn = min(cut.columns // group, next_power_of_2(groups))
+    return cut._replace(columns=turn * group, warps=min(cut.warps, max(1, turn)))
+
+
+@operator("packed_linear")
+def _thin(x: Tensor, tiles: Tensor, rows: int, columns: int, bits: int, group: int) -> Tensor:
+    x, count = dense_last(x), len(x)
+    out = x.new_empty(count, rows)
+    if out.numel():
+        groups, words = cdiv(columns, group), _words(tiles)
+        cut, dot = cut_of(rows, groups, group), dot_type(x)
+        parts = 1
+        if x.is_cuda and x.dtype != torch.bfloat16:
+            parts, dot = 3 if x.dtype == torch.float32 else 2, tl.bfloat16
+        block = 1 if count == 1 else BLOCK
+        launch(
+            _packed_linear_kernel, (len(tiles) * 2 // cut.halves, cdiv(count, block)),
+            x, *words, out, count, rows, columns, groups, x.stride(0), BITS=bits, GROUP=group,
+            TURN=cut.columns // group, HALVES=cut.halves, ROWS=block, EVEN=columns % group == 0,
+            PARTS=parts, DOT=dot, CHAINED=TILING.chain and chains(x), num_warps=cut.warps,
+        )  # fmt: skip
+    return out
+
+
+@_thin.register_fake
+def _(x: Tensor, tiles: Tensor, rows: int, columns: int, bits: int, group: int) -> Tensor:
+    return x.new_empty(len(x), rows)
+
+
+@operator("packed_dequantize")
+def dequantize(
+    tiles: Tensor, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    """As `hymba.ops.packed.dequantize`."""
+    out = torch.empty(rows, columns, dtype=dtype, device=tiles.device)
+    if out.numel():
+        groups = cdiv(columns, group)
+        turn = min(256 // group, next_power_of_2(groups))
+        launch(
+            _dequantize_kernel, (len(tiles), cdiv(groups, turn)), *_words(tiles), out, rows,
+            columns, groups, BITS=bits, GROUP=group, TURN=turn, DOT=_exact(tiles), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@dequantize.register_fake
+def _(
+    tiles: Tensor, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype, device=tiles.device)
+
+
+@operator("packed_rows")
+def _rows(
+    ids: Tensor, tiles: Tensor, columns: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(len(ids), columns, dtype=dtype, device=tiles.device)
+    if out.numel():
+        groups = cdiv(columns, group)
+        launch(
+            _packed_rows_kernel, (len(ids),), ids.contiguous(), *_words(tiles), out, columns,
+            groups, BITS=bits, GROUP=group, GROUPS=next_power_of_2(groups), DOT=_exact(tiles),
+            CHAINED=TILING.chain and chains(tiles), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@_rows.register_fake
+def _(
+    ids: Tensor, tiles: Tensor, columns: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty(len(ids), columns, dtype=dtype, device=tiles.device)
+
+
+def _exact(tiles: Tensor) -> Any:
+    """What codes become; the interpreter knows no bfloat16."""
+    return tl.bfloat16 if tiles.is_cuda else tl.float32
