@@ -59,8 +59,9 @@ class job:
     @cached_property
     def compiled(self) -> Any:
         kind = numba.void(*[numba.int64] * 4)
+        named = not self.function.__closure__  # else numba would never find it again
         with _kept() as keep:
-            return numba.cfunc(kind, cache=keep, **OPTIONS)(self.function)
+            return numba.cfunc(kind, cache=keep and named, **OPTIONS)(self.function)
 
     @cached_property
     def address(self) -> int:
