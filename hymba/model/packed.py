@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hymba import ops
 from hymba.ops import Packed
-from hymba.ops.packed import TILE, packed_rows, quantize
+from hymba.ops.packed import TILE, quantize
 from hymba.schemes import SCHEMES, Scheme, SchemeError
 
 # Projections of few numbers on which every state depends: kept in 8 bits (docs/quantisation.md).
@@ -58,7 +58,7 @@ class PackedEmbedding(_Tiles):
         self._like = [like]  # in a list: not a parameter of this module
 
     def forward(self, ids: Tensor) -> Tensor:
-        return packed_rows(ids, self.packed, self._like[0].dtype)
+        return ops.packed_rows(ids, self.packed, self._like[0].dtype)
 
 
 def plan(model: nn.Module, scheme: Scheme) -> dict[str, Scheme]:

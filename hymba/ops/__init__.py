@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 import hymba.ops.attention_step  # before the functions of these names, or they would replace them
 import hymba.ops.swiglu  # noqa: F401
 from hymba.ops.attention import Meta, Past
-from hymba.ops.backend import twin
+from hymba.ops.backend import twin, wants_grad
 from hymba.ops.loss import IGNORE
 from hymba.ops.packed import Packed, packed_linear_reference
 from hymba.ops.segments import Segments, send
@@ -39,6 +40,7 @@ __all__ = [
     "norm_linear",
     "norm_swiglu",
     "packed_linear",
+    "packed_rows",
     "rms_norm",
     "rms_norms",
     "rope_and_store",
@@ -275,7 +277,14 @@ def narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
 def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """x (N, columns) -> (N, rows): F.linear with a matrix in few bits; see hymba.ops.packed."""
     _fit("packed_linear", x=(x.shape[1], packed.columns))
-    return packed_linear_reference(x, packed)
+    if wants_grad(x):  # kernels have none
+        return packed_linear_reference(x, packed)
+    return twin("packed_linear", x)(x, packed)
+
+
+def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows ids (N,) of a matrix in few bits, (N, columns): an embedding's look-up."""
+    return twin("packed_rows", packed.tiles)(ids, packed, dtype)
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:

@@ -76,6 +76,8 @@ FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
     "narrow_linear": "thin",
     "norm_linear": "thin",
     "norm_swiglu": "thin",
+    "packed_linear": "packed",
+    "packed_rows": "packed",
     "rms_norm": "norm",
     "rms_norms": "norms",
     "rope_and_store": "step",

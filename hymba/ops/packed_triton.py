@@ -279,9 +279,7 @@ def dequantize(
 
 
 @dequantize.register_fake
-def _(
-    tiles: Tensor, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype
-) -> Tensor:
+def _(tiles: Tensor, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device=tiles.device)
 
 

@@ -1,0 +1,149 @@
+"""Products with packed matrices on a GPU, against the matrix written out: any size, both schemes.
+
+Small sizes run on a CPU (kernels in Triton's interpreter), large ones on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from hymba import ops  # noqa: E402
+from hymba.ops import packed as plain  # noqa: E402
+from hymba.ops import packed_triton  # noqa: E402
+from hymba.ops.packed import Packed, dequantize, pack  # noqa: E402
+from hymba.ops.packed_triton import MOST_ROWS, Cut, Tiling  # noqa: E402
+from hymba.schemes import SCHEMES, Scheme  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
+SMALL = [(1, 1), (40, 100), (33, 160), (70, 129), (96, 64)]  # rows and columns of the matrix
+LARGE = [(10000, 1600), (1600, 3200), (1600, 5504), (32001, 1600), (132, 3200), (3200, 100)]
+ALL = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
+SIZES = pytest.mark.parametrize("sizes", [*SMALL, *LARGE], ids=str)
+# A float32 sum; and the result's own rounding (the interpreter cuts bfloat16 off).
+ALLOWED = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def matrix(sizes: tuple[int, int], scheme: Scheme, device: str) -> Packed:
+    """Every code and both signs of scales; what is read beyond the columns would show."""
+    rows, columns = sizes
+    if device == "cpu" and sizes in LARGE:
+        pytest.skip("too large for the interpreter")
+    generator = torch.Generator().manual_seed(rows + columns)
+    groups = scheme.groups(columns)
+    shape = rows, groups * scheme.group
+    codes = torch.randint(-scheme.most - 1, scheme.most + 1, shape, generator=generator)
+    scales = torch.randn(rows, groups, generator=generator) / 50
+    packed = pack(codes.to(torch.int8), scales.half(), columns, scheme)
+    return packed._replace(tiles=packed.tiles.to(device))
+
+
+def activations(count: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Rows of different sizes, a slice of wider ones."""
+    x = torch.randn(count, columns + 3, generator=torch.Generator().manual_seed(count))
+    x *= torch.arange(1, count + 1)[:, None]
+    return x.to(device, dtype)[:, :columns]
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """Row by row: a wrong row among large ones must show."""
+    assert got.dtype == dtype and got.shape == want.shape and torch.isfinite(got).all()
+    off = (got.double() - want).norm(dim=1)
+    assert (off <= ALLOWED[dtype] * want.norm(dim=1) + 1e-12).all()
+
+
+@ALL
+@SIZES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 9, MOST_ROWS + 1])
+def test_products(
+    count: int, dtype: torch.dtype, sizes: tuple[int, int], scheme: Scheme, device: str
+) -> None:
+    packed = matrix(sizes, scheme, device)
+    x = activations(count, sizes[1], dtype, device)
+    want = x.double() @ dequantize(packed, torch.float64).T
+    got = packed_triton.packed_linear(x, packed)
+    if count > MOST_ROWS and dtype != torch.float32:  # the weights are rounded too
+        assert (got.double() - want).norm() <= 6e-3 * want.norm()
+        return
+    close(got, want, dtype)
+    assert torch.equal(packed_triton.packed_linear(x, packed), got)
+
+
+@ALL
+@SIZES
+def test_rows_are_the_matrix_s_own(sizes: tuple[int, int], scheme: Scheme, device: str) -> None:
+    """Looked up and written out: no sum, so no error."""
+    packed = matrix(sizes, scheme, device)
+    rows, columns = sizes
+    ids = torch.tensor([rows - 1, 0, min(rows - 1, 31), rows // 2], device=device)
+    assert torch.equal(packed_triton.packed_rows(ids, packed), plain.packed_rows(ids, packed))
+    assert packed_triton.packed_rows(ids[:0], packed).shape == (0, columns)
+    how = scheme.bits, scheme.group
+    for dtype in (torch.float32, torch.float16):
+        got = packed_triton.dequantize(packed.tiles, rows, columns, *how, dtype)
+        assert torch.equal(got, dequantize(packed, dtype))
+
+
+@ALL
+def test_a_row_does_not_depend_on_the_rows_beside_it(scheme: Scheme, device: str) -> None:
+    packed = matrix((70, 129) if device == "cpu" else (1600, 3200), scheme, device)
+    x = activations(20, packed.columns, torch.float32, device)
+    together = packed_triton.packed_linear(x, packed)
+    for row in (0, 7, 19):
+        for first in (row, max(0, row - 5)):
+            if device == "cpu" and first == row:
+                continue  # numpy multiplies a single row in another order
+            got = packed_triton.packed_linear(x[first : row + 1], packed)
+            assert torch.equal(got[-1], together[row])
+
+
+@ALL
+@pytest.mark.parametrize("cut", [Cut(1, 64, 1), Cut(2, 64, 2), Cut(2, 128, 4)], ids=str)
+def test_any_cut(cut: Cut, scheme: Scheme, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several turns, the last of them not full."""
+    monkeypatch.setattr(packed_triton, "TILING", Tiling(cut, cut))
+    packed = matrix((70, 321), scheme, device)
+    x = activations(2, packed.columns, torch.bfloat16, device)
+    want = x.double() @ dequantize(packed, torch.float64).T
+    close(packed_triton.packed_linear(x, packed), want, x.dtype)
+
+
+@ALL
+def test_the_door(scheme: Scheme, device: str) -> None:
+    """Rows that need a gradient get it, by the reference."""
+    packed = matrix((40, 100), scheme, device)
+    x = activations(2, 100, torch.float32, device)
+    want = x.double() @ dequantize(packed, torch.float64).T
+    close(ops.packed_linear(x, packed), want, x.dtype)
+    ops.packed_linear(x.requires_grad_(), packed).sum().backward()
+    assert torch.allclose(x.grad.double(), dequantize(packed, torch.float64).sum(0), rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@ALL
+@pytest.mark.parametrize("count", [1, 8, MOST_ROWS + 1])
+def test_in_a_graph(count: int, scheme: Scheme) -> None:
+    """Two products behind each other and a look-up, captured, with other activations later."""
+    first, second = matrix((3200, 1600), scheme, "cuda"), matrix((1600, 3200), scheme, "cuda")
+    x = activations(count, 1600, torch.bfloat16, "cuda").contiguous()
+    ids = torch.arange(count, device="cuda")
+
+    def step() -> tuple[Tensor, Tensor]:
+        inner = packed_triton.packed_linear(x, first) / 1000
+        return packed_triton.packed_linear(inner, second), packed_triton.packed_rows(ids, first)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(3):
+        x.normal_()
+        ids.random_(0, 3200)
+        graph.replay()
+        want = step()
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
