@@ -25,7 +25,7 @@ ROWS: list[list[set[str]]] = [
     [{"cache"}],
     [{"model"}],
     [{"weights"}],
-    [{"engine"}, {"train"}, {"hf"}, {"export"}],
+    [{"engine"}, {"train"}, {"hf"}, {"export"}, {"quant"}],
     [{"server"}, {"eval"}, {"finetune"}],
     [{"lab"}],
     [{"cli", "commands", "recipes", "__main__"}],
