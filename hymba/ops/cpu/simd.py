@@ -281,6 +281,25 @@ def store(b: Builder, address: Value, x: Value) -> None:
     ir_store(b, address, x, 4)
 
 
+def ir_first(b: Builder, count: Value) -> Value:
+    """A mask of the lanes below `count`, which may be any number."""
+    lanes = ir.Constant(I32x16, list(range(LANES)))
+    return b.icmp_signed("<", lanes, ir_splat(b, b.trunc(count, I32), I32x16))
+
+
+@operation(Floats, i64, i64)
+def load_first(b: Builder, address: Value, count: Value) -> Value:
+    """`count` float32, then zeros; nothing else is read."""
+    args = ir_pointer(b, address, F32x16), I32(4), ir_first(b, count), ir_constant(F32x16, 0.0)
+    return ir_call(b, "llvm.masked.load.v16f32.p0", F32x16, *args)
+
+
+@operation(none, i64, Floats, i64)
+def store_first(b: Builder, address: Value, x: Value, count: Value) -> None:
+    args = x, ir_pointer(b, address, F32x16), I32(4), ir_first(b, count)
+    ir_call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), *args)
+
+
 @operation(Floats, i64)
 def load_f16(b: Builder, address: Value) -> Value:
     return ir_half(b, address)

@@ -375,3 +375,16 @@ def aligned(count: int) -> np.ndarray:
 def address(array: np.ndarray) -> int:
     """Where an array's numbers begin. It takes a microsecond: keep it."""
     return int(array.ctypes.data)
+
+
+class Room(threading.local):
+    """Memory that a job needs while it runs: each Python thread's own, as large as ever needed."""
+
+    memory, address = aligned(0), 0
+
+    def at_least(self, count: int) -> int:
+        """Where `count` bytes or more begin."""
+        if len(self.memory) < count:
+            self.memory = aligned(count)
+            self.address = address(self.memory)
+        return self.address

@@ -26,7 +26,6 @@ finite.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -66,8 +65,7 @@ from hymba.ops.cpu.simd import (
     read_i64,
     write_f32,
 )
-from hymba.ops.cpu.team import address as address_of
-from hymba.ops.cpu.team import aligned, claim, finish, guided, guided_count, team, wait
+from hymba.ops.cpu.team import Room, claim, finish, guided, guided_count, team, wait
 from hymba.ops.packed import HALF, TILE, Packed, unpack
 from hymba.schemes import SCHEMES
 
@@ -426,19 +424,7 @@ def _job(bits: int, group: int, exact: bool) -> job:
     return job(_product(bits, group, exact))
 
 
-class _Room(threading.local):
-    """Memory for x in int8, each Python thread's own, as large as was ever needed."""
-
-    memory, address = aligned(0), 0
-
-    def at_least(self, count: int) -> int:
-        if len(self.memory) < count:
-            self.memory = aligned(count)
-            self.address = address_of(self.memory)
-        return self.address
-
-
-_room = _Room()
+_room = Room()
 
 
 def packed_linear(x: Tensor, packed: Packed, exact: bool | None = None) -> Tensor:
