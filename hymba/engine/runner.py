@@ -2,8 +2,9 @@
 
 The decode step knows everything on the device: which token each slot said last, how many tokens it
 holds, where its pages are. The host only names the slots. On a GPU it is a CUDA graph, captured
-once for each number of rows, rounded up (rows that are too many work on a spare slot); elsewhere
-the same function is called as it is.
+once for each number of rows, rounded up (rows that are too many work on a spare slot); with packed
+weights on a CPU it is a compiled program (hymba/engine/cpu); elsewhere the same function is called
+as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hymba.cache import held
+from hymba.engine.cpu import program
 from hymba.engine.store import Store
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
@@ -48,6 +50,7 @@ class Runner:
             self.gate_up: list[Tensor | None] = [None] * len(self.rates)
             if model.device.type == "cuda":
                 self.gate_up = model.decoder.pack()
+        self.program = program(model, store)  # for packed weights on a CPU
         self._captured: dict[int, Captured] = {}  # by rows
         self._pool: Any = None
         self._slots: tuple[tuple[int, ...], Tensor] = (), self.last[:0]
@@ -93,10 +96,13 @@ class Runner:
     @torch.no_grad()
     def _step(self, slots: Tensor) -> Spoken:
         tokens, lengths = self.last[slots], self.lengths[slots]
-        layers = held(self.store, slots, lengths)
-        ready = zip(layers, self.rates, self.gate_up, strict=True)
-        layers = [now._replace(A=A, gate_up=both) for now, A, both in ready]
-        logits = self.model.step(tokens, lengths, layers)
+        if self.program is not None:
+            logits = self.program.step(tokens, lengths, slots)
+        else:
+            layers = held(self.store, slots, lengths)
+            ready = zip(layers, self.rates, self.gate_up, strict=True)
+            layers = [now._replace(A=A, gate_up=both) for now, A, both in ready]
+            logits = self.model.step(tokens, lengths, layers)
         likeliest = logits.argmax(-1)
         self.last[slots] = likeliest
         self.lengths[slots] = lengths + (slots != self.store.spare)
@@ -105,7 +111,10 @@ class Runner:
     # ---- CUDA graphs
 
     def warm_up(self) -> None:
-        """Capture a graph for every number of rows now, not when requests wait for it."""
+        """Compile a step, or capture a graph for every number of rows, now and not when requests
+        wait for it."""
+        if self.program is not None:
+            self.program.compile()
         sizes = {rounded_rows(rows) for rows in range(1, self.store.spare + 1)}
         for rows in sorted(sizes if self.graphs else (), reverse=True):  # the largest memory first
             if rows not in self._captured:

@@ -1,0 +1,253 @@
+"""Products of a step: rows of activations, made ready once, with a matrix, tile by tile of 32 rows.
+
+Activations of a row: float32 values (columns) | ready. Values are written first; then `make_ready`
+puts any whole groups of them in int8 (hymba/ops/cpu/tiles.py says how that is laid out). Products
+with float32 values, exact ones and those with float32 weights, read the values.
+
+What a row gives does not depend on the rows beside it, bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hymba.engine.cpu.layout import DENSE, INT4, INT4_EXACT, INT8, INT8_EXACT
+from hymba.engine.cpu.vectors import (
+    add_products,
+    add_products_first,
+    load_first,
+    no_sums,
+    read_f16,
+    read_u8,
+    totals,
+)
+from hymba.ops.cpu.compiled import kernel
+from hymba.ops.cpu.simd import add, fma, load, read_f32, splat, store, total, write_f32
+from hymba.ops.cpu.team import claim, finish, guided, guided_count, wait
+from hymba.ops.cpu.tiles import _quantise_group, kernels
+
+TILE = 32
+LEAST = 64 << 10  # bytes of weights in a piece
+ZERO = np.float32(0)
+GROUP4, BYTES4 = 32, 576  # columns of a group, and its bytes in a tile
+GROUP8, BYTES8 = 64, 2112
+_quantise4, _quantise8 = _quantise_group(4, GROUP4), _quantise_group(8, GROUP8)
+
+
+# ---- activations ---------------------------------------------------------------------------
+
+
+@kernel
+def make_ready(matrix: Any, values: int, ready: int, start: int, end: int) -> None:
+    """Put columns start .. end, multiples of 64 but the last, of a row in int8 for a matrix."""
+    if matrix.kind == INT4:
+        scales = ready + GROUP4 * matrix.groups
+        for g in range(start // GROUP4, min((end + GROUP4 - 1) // GROUP4, matrix.groups)):
+            codes, scale = ready + GROUP4 * g, scales + 4 * g
+            _quantise4(values + 4 * GROUP4 * g, codes, scale, scale + 4 * matrix.groups)
+    elif matrix.kind == INT8:
+        scales = ready + GROUP8 * matrix.groups
+        for g in range(start // GROUP8, min((end + GROUP8 - 1) // GROUP8, matrix.groups)):
+            codes, scale = ready + GROUP8 * g, scales + 4 * g
+            _quantise8(values + 4 * GROUP8 * g, codes, scale, scale + 4 * matrix.groups)
+
+
+# ---- tiles ---------------------------------------------------------------------------------
+
+
+def _meet(bits: int, group: int, exact: bool) -> Any:
+    made = kernels(bits, group, exact)
+    one, two, four = made.one, made.two, made.four
+
+    @kernel
+    def meet(weights: int, groups: int, x: int, step: int, rows: int, y: int, y_step: int) -> Any:
+        """Some groups of a tile and all rows."""
+        done = 0
+        while done + 4 <= rows:
+            four(weights, groups, x + done * step, step, y + done * y_step, y_step)
+            done += 4
+        if done + 2 <= rows:
+            two(weights, groups, x + done * step, step, y + done * y_step, y_step)
+            done += 2
+        if done < rows:
+            one(weights, groups, x + done * step, step, y + done * y_step, y_step)
+
+    return meet
+
+
+_meet4, _meet8 = _meet(4, GROUP4, False), _meet(8, GROUP8, False)
+_exact4, _exact8 = _meet(4, GROUP4, True), _meet(8, GROUP8, True)
+
+
+@kernel
+def multiply(
+    matrix: Any,
+    tile: int,
+    tile_end: int,
+    values: int,
+    ready: int,
+    stride: int,
+    rows: int,
+    y: int,
+    y_stride: int,
+) -> None:
+    """y of tiles tile .. tile_end, for rows of activations `stride` apart. Whole tiles are written:
+    zeros for rows that the matrix has not."""
+    for t in range(tile, tile_end):
+        at, out = matrix.address + t * matrix.tile_bytes, y + 4 * TILE * t
+        if matrix.kind == INT4:
+            _meet4(at, matrix.groups, ready, stride, rows, out, y_stride)
+        elif matrix.kind == INT8:
+            _meet8(at, matrix.groups, ready, stride, rows, out, y_stride)
+        elif matrix.kind == INT4_EXACT:
+            _exact4(at, matrix.groups, values, stride, rows, out, y_stride)
+        elif matrix.kind == INT8_EXACT:
+            _exact8(at, matrix.groups, values, stride, rows, out, y_stride)
+        else:
+            for row in range(rows):
+                x, out_row = values + row * stride, y + row * y_stride
+                _dense(matrix, TILE * t, 0, matrix.columns, x, out_row)
+
+
+@kernel
+def multiply_columns(
+    matrix: Any,
+    start: int,
+    end: int,
+    values: int,
+    stride: int,
+    ready: int,
+    ready_stride: int,
+    rows: int,
+    y: int,
+    y_stride: int,
+) -> None:
+    """All tiles, and columns start .. end of the matrix alone: start is a multiple of a group.
+    values: of these columns. ready: room for them in int8."""
+    if matrix.kind == INT4 or matrix.kind == INT8:
+        for row in range(rows):
+            _ready_alone(matrix, start, end, values + row * stride, ready + row * ready_stride)
+    for t in range(matrix.tiles):
+        at, out = matrix.address + t * matrix.tile_bytes, y + 4 * TILE * t
+        groups4, groups8 = (end - start + 31) // GROUP4, (end - start + 63) // GROUP8
+        if matrix.kind == INT4:
+            _meet4(at + start // GROUP4 * BYTES4, groups4, ready, ready_stride, rows, out, y_stride)
+        elif matrix.kind == INT8:
+            _meet8(at + start // GROUP8 * BYTES8, groups8, ready, ready_stride, rows, out, y_stride)
+        elif matrix.kind == INT4_EXACT:
+            _exact4(at + start // GROUP4 * BYTES4, groups4, values, stride, rows, out, y_stride)
+        elif matrix.kind == INT8_EXACT:
+            _exact8(at + start // GROUP8 * BYTES8, groups8, values, stride, rows, out, y_stride)
+        else:
+            for row in range(rows):
+                x, out_row = values + row * stride, y + row * y_stride
+                _dense(matrix, TILE * t, start, end, x, out_row)
+
+
+@kernel
+def _ready_alone(matrix: Any, start: int, end: int, values: int, ready: int) -> None:
+    """Some columns as if the matrix had no others."""
+    if matrix.kind == INT4:
+        groups = (end - start + GROUP4 - 1) // GROUP4
+        for g in range(groups):
+            scale = ready + GROUP4 * groups + 4 * g
+            _quantise4(values + 4 * GROUP4 * g, ready + GROUP4 * g, scale, scale + 4 * groups)
+    else:
+        groups = (end - start + GROUP8 - 1) // GROUP8
+        for g in range(groups):
+            scale = ready + GROUP8 * groups + 4 * g
+            _quantise8(values + 4 * GROUP8 * g, ready + GROUP8 * g, scale, scale + 4 * groups)
+
+
+@kernel
+def _dense(matrix: Any, row: int, start: int, end: int, x: int, y: int) -> None:
+    """32 float32 rows, columns start .. end, which x begins with: 16 rows at once where there are
+    so many, then one by one."""
+    stride, count = 4 * matrix.columns, end - start
+    last, whole = row + TILE, count // 16 * 16
+    while row + 16 <= min(last, matrix.rows):
+        sums, at = no_sums(), matrix.address + row * stride + 4 * start
+        for c in range(0, 4 * whole, 64):
+            sums = add_products(sums, load(x + c), at + c, stride)
+        if whole < count:
+            c = 4 * whole
+            sums = add_products_first(
+                sums, load_first(x + c, count - whole), at + c, stride, count - whole
+            )
+        store(y, totals(sums))
+        row, y = row + 16, y + 64
+    while row < last:
+        one, at = splat(ZERO), matrix.address + row * stride + 4 * start
+        for c in range(0, count if row < matrix.rows else 0, 16):
+            one = fma(load_first(x + 4 * c, count - c), load_first(at + 4 * c, count - c), one)
+        write_f32(y, total(one))
+        row, y = row + 1, y + 4
+
+
+# ---- a phase -------------------------------------------------------------------------------
+
+
+@kernel
+def product(
+    phases: int,
+    phase: int,
+    threads: int,
+    matrix: Any,
+    x: Any,
+    rows: int,
+    y: int,
+    y_stride: int,
+    before: int,
+) -> None:
+    """The whole product, by all threads. before: what is added to it, in rows like those of y but
+    elsewhere; 0 for nothing."""
+    least = max(1, LEAST // matrix.tile_bytes)
+    pieces = guided_count(matrix.tiles, threads, least)
+    ready = x.address + 4 * x.columns
+    while True:
+        piece = claim(phases, phase)
+        if piece >= pieces:
+            break
+        start, end = guided(matrix.tiles, threads, least, piece)
+        multiply(matrix, start, end, x.address, ready, x.stride, rows, y, y_stride)
+        if before:
+            for row in range(rows):
+                at = row * y_stride
+                for c in range(at + 4 * TILE * start, at + 4 * TILE * end, 64):
+                    store(y + c, add(load(y + c), load(before + c)))
+        finish(phases, phase)
+    wait(phases, phase, pieces)
+
+
+# ---- looking a row up ----------------------------------------------------------------------
+
+
+@kernel
+def look_up(matrix: Any, row: int, start: int, end: int, y: int) -> None:
+    """Columns start .. end of a row, as float32; zeros behind the last."""
+    for column in range(start, end):
+        value = ZERO
+        if column < matrix.columns:
+            value = _element(matrix, row, column)
+        write_f32(y + 4 * column, value)
+
+
+@kernel
+def _element(matrix: Any, row: int, column: int) -> Any:
+    if matrix.kind == DENSE:
+        return read_f32(matrix.address + 4 * (row * matrix.columns + column))
+    four = matrix.kind == INT4 or matrix.kind == INT4_EXACT
+    group = GROUP4 if four else GROUP8
+    half = 8 * group if four else 16 * group  # bytes
+    at = matrix.address + row // TILE * matrix.tile_bytes + column // group * (2 * half + 64)
+    lane, inner = row % TILE, column % group
+    scale = read_f16(at + 2 * half + 2 * lane)
+    at += lane // 16 * half + 4 * (lane % 16)
+    if four:
+        byte = read_u8(at + 64 * (inner // 8) + inner % 4)
+        code = (byte >> 4 if inner % 8 >= 4 else byte & 15) - 8
+    else:
+        code = read_u8(at + 64 * (inner // 4) + inner % 4) - 128
+    return np.float32(code) * scale
