@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""The README's figures of a GPU, written from results/ops-*, train-*, trainer-*,
-prefill- and engine-*.json.
+"""The README's figures, written from results/ops-*, train-*, trainer-*, prefill-, engine- and
+device-*.json.
 
     python -m bench.table            writes them between the two markers in README.md
     python -m bench.table --check    says whether they are what the results say (1 if not)
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -59,9 +60,10 @@ def generate(folder: Path) -> str:
         ("trainer", trainer_table),
         ("prefill", prefill_table),
         ("engine", engine_table),
+        ("device", device_table),
     )
     parts = [make(data) for name, make in makers for data in found(folder, name)]
-    return "\n\n".join(parts) if parts else "No results of a GPU are kept here."
+    return "\n\n".join(parts) if parts else "No results are kept here."
 
 
 def headed(data: Mapping[str, Any], what: str) -> str:
@@ -258,6 +260,116 @@ def engine_notes(data: Mapping[str, Any]) -> list[str]:
             " batch of 16, in bfloat16; in float32 all are."
         )
     return notes
+
+
+# Shapes and formats of bench/device.py, in words.
+SIDES = {
+    "llama-3b": "Llama-3.2-3B",
+    "llama-1b": "Llama-3.2-1B",
+    "falcon-h1-1.5b": "Falcon-H1-1.5B",
+    "q4_0": "Q4_0, llama.cpp",
+    "q8_0": "Q8_0, llama.cpp",
+}
+
+
+def device_table(data: Mapping[str, Any]) -> str:
+    """A line a side, then a line for each of ours against each other side."""
+    groups = [group for group in data["groups"] if group["results"]]
+    deepest = max(data["depths"])
+    reads = [r for g in groups for row in g["results"] for r in row["read_gb_per_s"].values()]
+    lines = [
+        f"**{data['preset']} on a CPU,** batch 1, random weights, {data['threads']} threads of an"
+        f" {data['cpu']} (torch {data['torch']}, {data['date'][:10]}), tokens a second: median"
+        f" (least to most) of {data['rounds']} rounds. A plain read with as many threads, beside"
+        f" each measurement: {statistics.median(reads):.0f} GB/s ({min(reads):.0f} to"
+        f" {max(reads):.0f}). [{data['file']}]({data['file']}):",
+        "",
+        f"| | {' | '.join(f'behind {depth:,} tokens' for depth in data['depths'])} | bandwidth,"
+        f" of that read | prompt of {data['prompt']} | memory behind {deepest:,} |",
+        f"|---|{'---|' * (len(data['depths']) + 3)}",
+    ]
+    seen: set[str] = set()
+    for group in groups:
+        for side in group["sides"]:
+            if side not in seen:
+                lines.append(device_row(side, group, data))
+            seen.add(side)
+    rows = [row for group in groups for row in device_ratios(group, data)]
+    if rows:
+        columns = " | ".join(f"behind {depth:,}" for depth in data["depths"])
+        lines += ["", f"| times as fast, in the same round | {columns} | prompt | memory |"]
+        lines += [f"|---|{'---|' * (len(data['depths']) + 2)}", *rows]
+    return "\n".join([*lines, "", device_notes(groups)])
+
+
+def device_row(side: str, group: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    best = {
+        (row["what"], row["depth"]): row
+        for row in group["results"]
+        if row["side"] == side and row["best"]
+    }
+    speeds = [best.get(("decode", depth)) for depth in data["depths"]]
+    shares = [row["share"] for row in speeds if row]
+    share = f"{min(shares):.0%} to {max(shares):.0%}" if shares else ""
+    memory = group["sides"][side]["memory"].get("all")
+    least = group["sides"][side].get("memory_not_mapped", {}).get("all")
+    held = f"{memory / 1e9:.2f} GB" if memory else ""
+    held += f" (not mapped {least / 1e9:.2f})" if least else ""
+    cells = [*map(speed_cell, speeds), share, speed_cell(best.get(("prefill", 0))), held]
+    return f"| {side_name(side, data)} | {' | '.join(cells)} |"
+
+
+def speed_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    middle, least, most = (
+        f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        for x in (row["tokens_per_s"], row["tokens_per_s_least"], row["tokens_per_s_most"])
+    )
+    mark = "*" if row["mode"] == "plain" else ""
+    return f"{middle}{mark} ({least} to {most})"
+
+
+def device_ratios(group: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
+    """Each of ours over each side measured after it; memory over the lesser of what that took."""
+    found = {(r["ours"], r["theirs"], r["what"], r["depth"]): r for r in group["ratios"]}
+    for ours, theirs in dict.fromkeys((r["ours"], r["theirs"]) for r in group["ratios"]):
+        asked = [("decode", depth) for depth in data["depths"]] + [("prefill", 0)]
+        rows = [found.get((ours, theirs, *key)) for key in asked]
+        cells = [times_cell(row) for row in rows]
+        held = [least_memory(group["sides"][side]) for side in (ours, theirs)]
+        cells.append(f"{held[0] / held[1]:.2f}×" if all(held) else "")
+        names = f"{side_name(ours, data)} / {side_name(theirs, data)}"
+        yield f"| {names} | {' | '.join(cells)} |"
+
+
+def least_memory(about: Mapping[str, Any]) -> float:
+    """With the file mapped or read, whichever took less; 0 where nobody knows."""
+    ways = (about["memory"], about.get("memory_not_mapped", {}))
+    return min((way["all"] for way in ways if "all" in way), default=0)
+
+
+def times_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['times']:.2f}× ({row['times_least']:.2f} to {row['times_most']:.2f})"
+
+
+def side_name(side: str, data: Mapping[str, Any]) -> str:
+    shape, _, form = side.rpartition("-")
+    if shape in ("hymba", "transformers"):
+        return f"{data['preset']} {form}" + (", transformers" if shape != "hymba" else "")
+    return f"{SIDES.get(shape, shape)} {SIDES.get(form, form)}"
+
+
+def device_notes(groups: list[Mapping[str, Any]]) -> str:
+    plain = any(row["best"] and row["mode"] == "plain" for g in groups for row in g["results"])
+    note = (
+        "Bandwidth: the bytes that a token cannot do without moving, over its time; least and most"
+        " of these depths. Memory: all that the process has in memory, the files it has mapped"
+        " included; llama.cpp holds repacked weights beside a mapped file."
+    )
+    return note + (" * without flash attention, which was slower there." if plain else "")
 
 
 def placed(text: str, table: str) -> str:

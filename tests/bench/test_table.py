@@ -90,7 +90,7 @@ def test_a_training_run_beside_its_twin(tmp_path: Path) -> None:
 
 def test_no_results_no_figures(tmp_path: Path) -> None:
     (tmp_path / "cpu-somewhere.json").write_text("{}")
-    assert table.generate(tmp_path) == "No results of a GPU are kept here."
+    assert table.generate(tmp_path) == "No results are kept here."
 
 
 def test_written_and_checked(
