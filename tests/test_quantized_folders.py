@@ -217,3 +217,18 @@ def test_quantised_evaluations_are_kept_apart(
     assert "--fresh" in capsys.readouterr().err
     assert main([*call, "--quantize", "int4", "--fresh", "--out", str(out)]) == 0
     assert "in int4" in json.loads(out.read_text())["of"]["model"]
+
+
+def test_quantize_with_a_text_rounds_otherwise_and_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("too short for a row")
+    call = ["quantize", str(LAB / "llama"), str(tmp_path / "q"), "--text", str(text)]
+    assert main(call) == 2
+    assert "give more text" in capsys.readouterr().err and not (tmp_path / "q").exists()
+    text.write_text(Path(weights.__file__).read_text())
+    assert main(call) == 0
+    mine, nearest = weights.load(tmp_path / "q"), weights.load(LAB / "llama", quantize="int4")
+    name = "decoder.layers.0.mlp.up_proj.tiles"
+    assert not torch.equal(mine.get_parameter(name), nearest.get_parameter(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "nvidia/Hymba-1.5B-Base runs/hymba-int4",
     "runs/demo/hymba runs/demo/hymba-int8 --scheme int8",
+    "runs/demo/hymba runs/demo/hymba-int4 --text python",
 )
 
 
@@ -34,6 +35,9 @@ class Options:
     """Where the quantised model goes; it must be new or empty."""
     scheme: str = "int4"
     """int8 or int4."""
+    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE ...")] = ()
+    """Choose the roundings with this text in front of the model (GPTQ): files, folders or names, as
+    `hymba train` takes them. Without it each number goes to the nearest code."""
     threads: int = 0
     """CPU threads (0: half the cores)."""
 
@@ -47,10 +51,33 @@ def main(argv: Sequence[str]) -> int:
     from hymba.weights import load, save
 
     with bar() as progress:
-        model = load(options.model, quantize=scheme.name, progress=progress)
+        if options.text:
+            model = _calibrated(options, scheme.name, progress)
+        else:
+            model = load(options.model, quantize=scheme.name, progress=progress)
     save(model, options.folder)
     print(_told(model, options.folder))
     return 0
+
+
+def _calibrated(options: Options, scheme: str, progress: Any) -> LanguageModel:
+    from hymba.hub import find
+    from hymba.quant import calibrate, text_rows
+    from hymba.quant.calibrate import LENGTH, ROWS
+    from hymba.tokenizer import Tokenizer
+    from hymba.train import data
+
+    folder, enough = find(options.model), 16 * ROWS * LENGTH  # characters of each source
+    texts: list[str] = []
+    for source in map(data.find, options.text):
+        size = 0
+        for document in source.documents():
+            texts.append(document.text)
+            size += len(document.text)
+            if size > enough:
+                break
+    rows = text_rows(Tokenizer.from_folder(folder), texts)
+    return calibrate(folder, scheme, rows, progress)
 
 
 def _told(model: LanguageModel, folder: Path) -> str:
