@@ -32,6 +32,8 @@ from hymba.model.hybrid import Block, HybridMixer
 from hymba.model.layers import MLP, RMSNorm
 from hymba.model.ssm import SSM
 
+END = int(np.iinfo(np.int64).max)  # of a slice
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -39,6 +41,7 @@ class Seen:
 
     places: str  # (G, N, 2): head and place of each new key
     bias: str  # (N, M + P): 0 where seen, else -inf
+    widths: str  # (2,): M and P
 
 
 class Writer:
@@ -55,9 +58,11 @@ class Writer:
     def write(self, tick: Callable[[str], None]) -> None:
         graph, decoder = self.graph, self.model.decoder
         self.count = self.rows_of_chunk()  # (1,)
-        self.positions = self.positions_of_rows()  # (N,)
+        self.steps = self.steps_of_chunk()  # (N,)
+        self.positions = graph.op("Add", "past", self.steps)  # (N,)
+        self.windows = self.windows_of_rows()  # (N, K)
         self.cos, self.sin = self.rotary_tables()  # (N, 1, h)
-        x = look_up(graph, "ids", decoder.embed_tokens, self.embedding_name())
+        x = look_up(graph, "ids", decoder.embed_tokens, "embed_tokens")
         for index, (block, layer) in enumerate(
             zip(decoder.layers, self.config.layers, strict=True)
         ):
@@ -68,12 +73,8 @@ class Writer:
         with graph.at("head"):
             last = graph.op("Gather", x, graph.ints(-1))
             last = self.norm(last, decoder.final_norm, "final_norm")
-            name = self.embedding_name() if self.config.tie_embeddings else "lm_head"
-            logits = linear(graph, last, self.model.lm_head, name, self.accuracy)
-            graph.op("Identity", logits, output="logits")
-
-    def embedding_name(self) -> str:
-        return "embed_tokens"
+            name = "embed_tokens" if self.config.tie_embeddings else "lm_head"
+            graph.op("Identity", self.linear(last, self.model.lm_head, name), output="logits")
 
     # What follows from the chunk's size and place
 
@@ -82,11 +83,17 @@ class Writer:
         size = self.graph.op("Shape", "ids")
         return self.graph.op("Gather", self.graph.weight("sizes", np.arange(self.chunk + 1)), size)
 
-    def positions_of_rows(self) -> str:
+    def steps_of_chunk(self) -> str:
+        """0 .. N - 1."""
         graph = self.graph
         count = graph.op("Squeeze", self.count)
-        steps = graph.op("Range", graph.scalar(0), count, graph.scalar(1))
-        return graph.op("Add", "past", steps)
+        return graph.op("Range", graph.scalar(0), count, graph.scalar(1))
+
+    def windows_of_rows(self) -> str:
+        """Which of K - 1 + N rows a convolution's taps look at."""
+        graph = self.graph
+        taps = graph.weight("taps", np.arange(self.config.ssm_conv))
+        return graph.op("Add", graph.op("Unsqueeze", self.steps, graph.ints(1)), taps)
 
     def rotary_tables(self) -> tuple[str, str]:
         """cos of both halves, and sin with the first half's sign: x cos + swapped x sin."""
@@ -108,8 +115,8 @@ class Writer:
         graph, size = self.graph, ring(self.config.layers[owner], self.chunk)
         with graph.at("global" if window is None else f"window.{window}"):
             rows = graph.op("Unsqueeze", self.positions, graph.ints(1))  # (N, 1)
+            counts = graph.op("Shape", f"past.{owner}.key")
             if size is None:
-                counts = graph.op("Shape", f"past.{owner}.key")
                 places = graph.op("Gather", counts, graph.scalar(1))
                 held = graph.op("Range", graph.scalar(0), places, graph.scalar(1))
                 visible, at = graph.op("LessOrEqual", held, rows), self.positions
@@ -121,7 +128,9 @@ class Writer:
                 shape = graph.op("Concat", self.count, graph.ints(self.config.meta_tokens), axis=0)
                 zeros = graph.op("Expand", graph.scalar(0.0), shape)
                 bias = graph.op("Concat", zeros, bias, axis=-1)
-            self.seen[window] = Seen(self.pairs_of_indices(at), bias)
+            room = graph.op("Gather", counts, graph.ints(1))
+            widths = graph.op("Concat", graph.ints(self.config.meta_tokens), room, axis=0)
+            self.seen[window] = Seen(self.pairs_of_indices(at), bias, widths)
         return self.seen[window]
 
     def in_window(self, rows: str, size: int, window: int | None) -> str:
@@ -198,7 +207,7 @@ class Writer:
         q = graph.op("Mul", q, graph.scalar(mixer.head_dim**-0.5))
         q = graph.op("Reshape", q, graph.ints(heads[1], -1, mixer.head_dim))  # (G, H/G N, h)
         weights = self.softmax(self.scores(q, owner), seen)  # (G, H/G N, M + P)
-        out = self.read(weights, owner)  # (G, H/G N, e)
+        out = self.read(weights, owner, seen)  # (G, H/G N, e)
         out = graph.op("Reshape", out, graph.ints(heads[0], -1, mixer.value_dim))
         out = graph.op("Transpose", out, perm=[1, 0, 2])
         return graph.op("Reshape", out, graph.ints(-1, heads[0] * mixer.value_dim))
@@ -247,14 +256,11 @@ class Writer:
         scores = graph.op("Add", graph.op("Reshape", scores, many), seen.bias)
         return graph.op("Reshape", graph.op("Softmax", scores, axis=-1), shape)
 
-    def read(self, weights: str, owner: int) -> str:
+    def read(self, weights: str, owner: int, seen: Seen) -> str:
         graph, meta, values = self.graph, self.metas[owner], self.pairs[owner][1]
         if meta.v is None:
             return graph.op("MatMul", weights, values)
-        count, last = graph.ints(self.config.meta_tokens), graph.ints(np.iinfo(np.int64).max)
-        axis = graph.ints(2)
-        first = graph.op("Slice", weights, graph.ints(0), count, axis)
-        rest = graph.op("Slice", weights, count, last, axis)
+        first, rest = graph.ops("Split", weights, seen.widths, outputs=2, axis=-1)
         known = self.weight(f"{owner}.meta_value", meta.v.permute(1, 0, 2))  # (G, M, e)
         return graph.op("Add", graph.op("MatMul", first, known), graph.op("MatMul", rest, values))
 
@@ -270,9 +276,8 @@ class Writer:
             self.norm(B, ssm.B_norm, f"{index}.B_norm"),
             self.norm(C, ssm.C_norm, f"{index}.C_norm"),
         )
-        dt = self.linear(dt, ssm.dt_proj, f"{index}.dt_proj")
-        dt = graph.op("Add", dt, self.weight(f"{index}.dt_bias", ssm.dt_bias))
-        dt = graph.op("Softplus", dt)
+        bias = self.weight(f"{index}.dt_bias", ssm.dt_bias)
+        dt = graph.op("Softplus", self.linear(dt, ssm.dt_proj, f"{index}.dt_proj", bias))
         rates = self.weight(f"{index}.A", -ssm.A_log.float().exp().T)  # (n, E)
         y = self.scan(dt, graph.op("Mul", dt, u), B, C, rates, index)
         y = graph.op("Add", y, graph.op("Mul", u, self.weight(f"{index}.D", ssm.D)))
@@ -281,22 +286,18 @@ class Writer:
     def convolve(self, u: str, ssm: SSM, index: int) -> str:
         """silu(bias + sum over taps of weight times the row so far back)."""
         graph, taps, conv = self.graph, self.config.ssm_conv, ssm.conv
-        weight = conv.weight.squeeze(1).T  # (K, E)
-        rows, axis, out = u, graph.ints(0), ""
+        weight = self.weight(f"{index}.conv", conv.weight.squeeze(1).T)  # (K, E)
         if taps > 1:
             rows = graph.op("Concat", f"past.{index}.conv", u, axis=0)  # (K-1 + N, E)
-            last = graph.ints(np.iinfo(np.int64).max)
-            graph.op(
-                "Slice", rows, graph.ints(1 - taps), last, axis, output=f"present.{index}.conv"
-            )
-        for tap in range(taps):
-            begin, end = graph.ints(tap), graph.op("Add", self.count, graph.ints(tap))
-            part = graph.op("Slice", rows, begin, end, axis) if taps > 1 else rows
-            part = graph.op("Mul", part, self.weight(f"{index}.conv.{tap}", weight[tap]))
-            out = graph.op("Add", out, part) if out else part
+            left = graph.ints(1 - taps), graph.ints(END), graph.ints(0)
+            graph.op("Slice", rows, *left, output=f"present.{index}.conv")
+            windows = graph.op("Gather", rows, self.windows)  # (N, K, E)
+            u = graph.op("ReduceSum", graph.op("Mul", windows, weight), graph.ints(1), keepdims=0)
+        else:
+            u = graph.op("Mul", u, weight)
         if conv.bias is not None:
-            out = graph.op("Add", out, self.weight(f"{index}.conv.bias", conv.bias))
-        return self.silu(out)
+            u = graph.op("Add", u, self.weight(f"{index}.conv_bias", conv.bias))
+        return self.silu(u)
 
     def scan(self, dt: str, x: str, B: str, C: str, rates: str, index: int) -> str:
         """h_t = exp(dt_t A) h_{t-1} + B_t x_t, y_t = <C_t, h_t>; y (N, E). One row has no loop.
@@ -346,8 +347,8 @@ class Writer:
     def silu(self, x: str) -> str:
         return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
 
-    def linear(self, x: str, module: nn.Module, name: str) -> str:
-        return linear(self.graph, x, module, name, self.accuracy)
+    def linear(self, x: str, module: nn.Module, name: str, bias: str = "") -> str:
+        return linear(self.graph, x, module, name, self.accuracy, bias)
 
     def weight(self, name: str, tensor: torch.Tensor) -> str:
         if name in self.graph.data.places:

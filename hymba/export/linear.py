@@ -29,15 +29,19 @@ def array(x: Tensor) -> np.ndarray:
     return x.detach().to("cpu", torch.float32).numpy()
 
 
-def linear(graph: Graph, x: str, module: nn.Module, name: str, accuracy: int) -> str:
-    """x (N, columns) -> (N, rows). `accuracy` is MatMulNBits' accuracy_level."""
+def linear(
+    graph: Graph, x: str, module: nn.Module, name: str, accuracy: int, bias: str = ""
+) -> str:
+    """x (N, columns) -> (N, rows), and `bias` (rows) added. `accuracy` is MatMulNBits'
+    accuracy_level."""
     if isinstance(module, PackedLinear):
-        return _packed_linear(graph, x, module.packed, name, accuracy)
+        return _packed_linear(graph, x, module.packed, name, accuracy, bias)
     if not is_matrix(module):
         raise ExportError(
             f"{name} is a {type(module).__name__}, not a plain matrix: merge it first"
         )
-    return graph.op("Gemm", x, _weight(graph, name, module.weight), transB=1)  # type: ignore[arg-type]
+    rest = [bias] if bias else []
+    return graph.op("Gemm", x, _weight(graph, name, module.weight), *rest, transB=1)  # type: ignore[arg-type]
 
 
 def look_up(graph: Graph, ids: str, module: nn.Module, name: str) -> str:
@@ -63,10 +67,13 @@ def look_up(graph: Graph, ids: str, module: nn.Module, name: str) -> str:
     return graph.op("Slice", x, graph.ints(0), graph.ints(columns), graph.ints(1))
 
 
-def _packed_linear(graph: Graph, x: str, packed: Packed, name: str, accuracy: int) -> str:
+def _packed_linear(
+    graph: Graph, x: str, packed: Packed, name: str, accuracy: int, bias: str
+) -> str:
     blocks, scheme = _write(graph, name, packed), packed.scheme
     return graph.op(
         "MatMulNBits", x, graph.weight(blocks), graph.weight(f"{name}.scales"),
+        *(["", "", bias] if bias else []),
         domain=MICROSOFT, K=packed.columns, N=packed.rows, bits=scheme.bits,
         block_size=scheme.group, accuracy_level=accuracy,
     )  # fmt: skip
