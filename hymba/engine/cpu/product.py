@@ -107,7 +107,7 @@ def multiply(
             _exact8(at, matrix.groups, values, stride, rows, out, y_stride)
         else:
             for row in range(rows):
-                x, out_row = values + row * stride, y + row * y_stride
+                x, out_row = values + row * stride, out + row * y_stride
                 _dense(matrix, TILE * t, 0, matrix.columns, x, out_row)
 
 
@@ -142,7 +142,7 @@ def multiply_columns(
             _exact8(at + start // GROUP8 * BYTES8, groups8, values, stride, rows, out, y_stride)
         else:
             for row in range(rows):
-                x, out_row = values + row * stride, y + row * y_stride
+                x, out_row = values + row * stride, out + row * y_stride
                 _dense(matrix, TILE * t, start, end, x, out_row)
 
 
