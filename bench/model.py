@@ -117,7 +117,7 @@ def own_kernels() -> dict[str, str]:
         names += re.findall(CUDA_KERNEL, text)
         file = re.split(r"[_.]", path.name)[0]
         part = {"attention": "attention", "scan": "scan", "conv": "conv", "loss": "head"}
-        part |= dict.fromkeys(("thin", "narrow"), "matrix products")
+        part |= dict.fromkeys(("thin", "narrow", "packed"), "matrix products")
         for name in names:
             found.setdefault(name, set()).add(part.get(file, "elementwise"))
     return {name: " or ".join(sorted(parts)) for name, parts in found.items()}

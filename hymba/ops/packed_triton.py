@@ -51,13 +51,14 @@ class Cut(NamedTuple):
     halves: int  # of a tile
     columns: int  # of a turn
     warps: int
+    registers: int | None = None  # of a thread at most: more programs at a time
 
 
 class Tiling(NamedTuple):
     """How the work is cut; module-wide so that a benchmark can try others."""
 
-    many: Cut = Cut(2, 1024, 8)  # tiles for all processors
-    few: Cut = Cut(1, 2048, 8)
+    many: Cut = Cut(2, 512, 4)  # tiles for all processors
+    few: Cut = Cut(1, 2048, 16, 128)
     chain: bool = True  # starts while the kernel before it ends
 
 
@@ -126,7 +127,7 @@ def _rows_of(w, P: tl.constexpr, HALVES: tl.constexpr):
     return tl.reshape(w, (G, HALVES * 16, P))
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "F", "D", "groups"])
 def _packed_linear_kernel(
     x, words, scales, out, S, F, D, groups, stride_x,
     BITS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr,
@@ -167,7 +168,7 @@ def _packed_linear_kernel(
     tl.store(out + n[None, :] * F + row[:, None], y.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F", "groups"])
 def _dequantize_kernel(
     words, scales, out, F, D, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr,
@@ -232,7 +233,7 @@ def _words(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 def cut_of(rows: int, groups: int, group: int) -> Cut:
     """For a matrix of so many rows and groups; `columns` are those of whole groups."""
-    cut = TILING.many if rows >= 2 * TILE * PROCESSORS else TILING.few
+    cut = TILING.many if rows >= TILE * PROCESSORS else TILING.few
     turn = min(cut.columns // group, next_power_of_2(groups))
     return cut._replace(columns=turn * group, warps=min(cut.warps, max(1, turn)))
 
@@ -253,6 +254,7 @@ def _thin(x: Tensor, tiles: Tensor, rows: int, columns: int, bits: int, group: i
             x, *words, out, count, rows, columns, groups, x.stride(0), BITS=bits, GROUP=group,
             TURN=cut.columns // group, HALVES=cut.halves, ROWS=block, EVEN=columns % group == 0,
             PARTS=parts, DOT=dot, CHAINED=TILING.chain and chains(x), num_warps=cut.warps,
+            maxnreg=cut.registers,
         )  # fmt: skip
     return out
 

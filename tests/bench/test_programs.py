@@ -24,7 +24,7 @@ from hymba.model.accounting import parameters
 from hymba.model.decoder import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("ops", "train", "trainer", "prefill", "engine")
+PROGRAMS = ("ops", "train", "trainer", "prefill", "engine", "packed")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 
 
@@ -64,6 +64,8 @@ def test_examples_are_accepted(program: ModuleType) -> None:
         ("engine", ["--batches", "1,0"]),
         ("engine", ["--skip", "lama"]),
         ("engine", ["--context", "100"]),
+        ("packed", ["--schemes", "int5"]),
+        ("packed", ["--engine-batches", "1,0"]),
     ],
 )
 def test_wrong_options_are_refused(
