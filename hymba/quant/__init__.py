@@ -11,6 +11,5 @@ Rounding to nearest needs none of this: `hymba.load(folder, quantize="int4")`.
 """
 
 from hymba.quant.calibrate import calibrate, text_rows
-from hymba.quant.gptq import gptq
 
-__all__ = ["calibrate", "gptq", "text_rows"]
+__all__ = ["calibrate", "text_rows"]
