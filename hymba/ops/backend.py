@@ -1,7 +1,9 @@
 """Which implementation serves an op, chosen once a device and said once.
 
     "triton"      GPU kernels, `<op>_triton.py` (the default on NVIDIA GPUs from Ampere on)
-    "torch"       plain PyTorch, fast on a CPU and correct on any device (the default elsewhere)
+    "numba"       CPU kernels of a few ops, for inference, in ops/cpu/ (the default on a CPU where
+                  numba is); all other ops and calls as "torch"
+    "torch"       plain PyTorch, correct on any device and fast on a CPU (the default elsewhere)
     "reference"   the slow and obvious twin, for checking
 
 HYMBA_BACKEND overrides. Kernels keep float32 sums, so float64 tensors always go to plain PyTorch.
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "numba", "torch", "reference")
 CHAINED_ROWS = 256
 log = logging.getLogger("hymba")
 
@@ -33,14 +35,18 @@ def backend(device_type: str) -> str:
     """The backend for tensors on such a device ("cpu", "cuda", "mps")."""
     missing = _no_kernels(device_type)
     asked = os.environ.get("HYMBA_BACKEND")
+    if asked is None and device_type == "cpu":
+        return "numba" if find_spec("numba") else "torch"
     if asked is None:
-        if missing and device_type != "cpu":
+        if missing:
             log.warning("hymba: no kernels for %s (%s); using plain PyTorch", device_type, missing)
-        return "torch" if missing or device_type == "cpu" else "triton"
+        return "torch" if missing else "triton"
     if asked not in BACKENDS:
         raise ValueError(f"HYMBA_BACKEND={asked!r} is not one of {', '.join(BACKENDS)}")
     if asked == "triton" and missing:
         raise ValueError(f"HYMBA_BACKEND=triton: no kernels for {device_type} ({missing})")
+    if asked == "numba" and (device_type != "cpu" or not find_spec("numba")):
+        raise ValueError("HYMBA_BACKEND=numba is for CPUs and needs: pip install 'hymba[cpu]'")
     return asked
 
 
@@ -62,6 +68,14 @@ def twin(op: str, x: Tensor) -> Callable[..., Any]:
     return _chosen[op, x.device.type, x.dtype == torch.float64]
 
 
+ON_CPU = {  # what ops/cpu/ has
+    "causal_conv",
+    "packed_linear",
+    "packed_linear_add",
+    "packed_norm_linear",
+    "packed_norm_swiglu",
+    "selective_scan",
+}
 FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
     "add_rms_norm": "norm",
     "attention": "attention",
@@ -112,6 +126,8 @@ def _find(op: str, file: str, chosen: str, double: bool) -> Callable[..., Any]:
     where = f"hymba.ops.{file}"
     if chosen == "triton" and not double:
         where += "_triton"
+    if chosen == "numba" and op in ON_CPU and not double:
+        where = "hymba.ops.cpu.door"
     module = importlib.import_module(where)
     plain = getattr(module, op)
     # An op with one plain form (a norm) is its own reference.
@@ -147,7 +163,7 @@ class Operator:
         tensors = [x for x in args if isinstance(x, Tensor)]
         if forward_ad._current_level >= 0:  # of torch.func.jvp too
             _refuse_duals(tensors)
-        if _watched() or any(type(x) not in _PLAIN for x in tensors):
+        if watched() or any(type(x) not in _PLAIN for x in tensors):
             return self.op(*args)
         return (self.differentiable if wants_grad(*tensors) else self.function)(*args)
 
@@ -181,7 +197,7 @@ def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., 
     return lambda function: Operator(name, function, mutates)
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a dispatch mode or torch.func wants to see calls."""
     watching = bool(torch._C._len_torch_dispatch_stack())
     return watching or torch._C._functorch.peek_interpreter_stack() is not None

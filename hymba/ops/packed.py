@@ -19,6 +19,9 @@ The layout is also that of files (`hymba.weights`), so that a folder is mapped, 
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -28,6 +31,7 @@ from hymba.schemes import Scheme, SchemeError
 
 TILE = 32
 HALF = 16
+log = logging.getLogger("hymba")
 
 
 class Packed(NamedTuple):
@@ -152,4 +156,14 @@ def packed_linear_reference(x: Tensor, packed: Packed) -> Tensor:
     return out
 
 
-packed_linear = packed_linear_reference  # plain PyTorch has no faster one
+def packed_linear(x: Tensor, packed: Packed) -> Tensor:
+    """As the reference: plain PyTorch has no faster one. A CPU has; it is said once."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _name_faster()
+    return packed_linear_reference(x, packed)
+
+
+@cache
+def _name_faster() -> None:
+    if find_spec("numba") is None:
+        log.warning("hymba: weights in few bits are slow here without: pip install 'hymba[cpu]'")

@@ -11,8 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hymba import ops
 from hymba.ops import Segments
+from hymba.ops import backend as backend_module
 from hymba.ops import conv as conv_module
+from hymba.ops import packed as packed_module
 from hymba.ops.backend import backend, forget, operator, twin
+from hymba.ops.packed import quantize
+from hymba.schemes import SCHEMES
 
 calls: list[str] = []
 
@@ -94,6 +98,31 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("undecided")
+def test_numba_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYMBA_BACKEND", "numba")
+    with pytest.raises(ValueError, match=r"for CPUs and needs: pip install 'hymba\[cpu\]'"):
+        backend("mps")
+
+
+@pytest.mark.usefixtures("undecided")
+def test_without_numba_a_cpu_has_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is said but where it matters: for weights in few bits, once."""
+    for module in (backend_module, packed_module):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    packed_module._name_faster.cache_clear()
+    assert backend("cpu") == "torch"
+    assert not caplog.records
+    packed = quantize(torch.randn(3, 32), SCHEMES["int4"])
+    for _ in range(2):
+        ops.packed_linear(torch.ones(1, 32), packed)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "pip install 'hymba[cpu]'" in caplog.text
+    packed_module._name_faster.cache_clear()
+
+
+@pytest.mark.usefixtures("undecided")
 @pytest.mark.parametrize("name", ["torch", "reference"])
 def test_the_door(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """hymba.ops.causal_conv is the fast one, and the other when HYMBA_BACKEND asks for it."""
@@ -107,13 +136,14 @@ def test_the_door(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("undecided")
 def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYMBA_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="HYMBA_BACKEND='nonsense' is not one of triton, torch"):
+    with pytest.raises(ValueError, match="HYMBA_BACKEND='nonsense' is not one of triton, numba"):
         ops.causal_conv(torch.ones(4, 3), torch.ones(3, 4), None, Segments((4,)))
 
 
 @pytest.mark.usefixtures("undecided")
 def test_a_device_without_kernels_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
-        assert backend("mps") == backend("cpu") == "torch"
+        assert backend("mps") == "torch"
+        assert backend("cpu") in ("numba", "torch")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no kernels for mps" in caplog.text

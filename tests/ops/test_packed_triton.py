@@ -117,7 +117,8 @@ def test_the_door(scheme: Scheme, device: str) -> None:
     packed = matrix((40, 100), scheme, device)
     x = activations(2, 100, torch.float32, device)
     want = x.double() @ dequantize(packed, torch.float64).T
-    close(ops.packed_linear(x, packed), want, x.dtype)
+    off = (ops.packed_linear(x, packed).double() - want).norm(dim=1)
+    assert (off < 2e-2 * want.norm(dim=1)).all()  # a CPU's kernels round activations
     ops.packed_linear(x.requires_grad_(), packed).sum().backward()
     assert torch.allclose(x.grad.double(), dequantize(packed, torch.float64).sum(0), rtol=1e-4)
 

@@ -9,6 +9,10 @@ a change in a kernel that it calls would go unseen, and old code run. So they ar
 named after the sources of all kernels, the versions and the CPU:
 $XDG_CACHE_HOME/hymba/numba-<hash> (~/.cache without that variable). Where that cannot be written,
 each process compiles for itself.
+
+Kernels that a function makes (of so many bits, or rows) need names of their own: what two processes
+compiled and a third one loads is put together by name, and a kernel that is called like another one
+may then be replaced by it. So a name tells what its kernel was made with.
 """
 
 from __future__ import annotations
@@ -37,7 +41,23 @@ OPTIONS = {"error_model": "numpy"}  # a division by zero is not an exception
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiled with what calls it."""
+    name_apart(function)
     return numba.njit(nogil=True, **OPTIONS)(function)
+
+
+def name_apart(function: Callable[..., Any]) -> None:
+    """Let its name tell what it closes over."""
+    if function.__closure__:
+        inside = [_told(cell.cell_contents) for cell in function.__closure__]
+        mark = hashlib.sha256(repr(inside).encode()).hexdigest()[:12]
+        function.__name__ += f"_{mark}"
+        function.__qualname__ += f"_{mark}"
+
+
+def _told(inside: Any) -> str:
+    """A number as it is; another kernel or operation by its name, which tells the rest."""
+    inside = getattr(inside, "py_func", inside)
+    return str(getattr(inside, "__qualname__", inside))
 
 
 def entry(function: Callable[..., Any]) -> Any:

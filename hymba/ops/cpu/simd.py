@@ -26,6 +26,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from hymba.ops.cpu.compiled import name_apart
+
 LANES = 16
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -253,6 +255,8 @@ def operation(returned: Any, *args: Any) -> Callable[[Callable[..., Value]], Any
     """Decorator: build(b, *values) -> value becomes a function for kernels with these types."""
 
     def decorate(build: Callable[..., Value]) -> Any:
+        name_apart(build)
+
         def typing(context: Any, *_: Any) -> Any:
             def generate(context: Any, b: Builder, signature: Any, values: Any) -> Value:
                 value = build(b, *values)
@@ -266,7 +270,9 @@ def operation(returned: Any, *args: Any) -> Callable[[Callable[..., Value]], Any
         names = ["context", *list(inspect.signature(build).parameters)[1:]]
         kinds = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
         typing.__signature__ = inspect.Signature(kinds)  # type: ignore[attr-defined]
-        return intrinsic(typing)
+        made = intrinsic(typing)
+        made.__qualname__ = build.__qualname__
+        return made
 
     return decorate
 
