@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": ("hymba.commands.chat", "talk to a model in the terminal"),
     "demo": ("hymba.commands.demo", "train a small model on this machine and look at it"),
     "eval": ("hymba.commands.eval", "score a model on lm-eval's tasks, beside the paper's tables"),
+    "export": ("hymba.commands.export", "a model as ONNX, for devices without Python"),
     "finetune": ("hymba.commands.finetune", "teach a model from chats or preferences"),
     "generate": ("hymba.commands.generate", "continue prompts, or a file of them"),
     "info": ("hymba.commands.info", "what a model costs: parameters, FLOPs, cache bytes, layers"),
@@ -39,6 +40,7 @@ EXTRAS = {
     **dict.fromkeys(("datasets", "pyarrow"), "data"),
     **dict.fromkeys(("trl", "peft", "accelerate"), "finetune"),
     "lm_eval": "eval",
+    **dict.fromkeys(("onnx", "onnxruntime"), "onnx"),
 }
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell counts signals
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # wherever it is written to, never our mistake

@@ -45,7 +45,7 @@ TORCH_FREE = [
     "hymba.train.data",
     "hymba.recipes.pretrain",
     *(
-        [f"hymba.commands.{name}" for name in ("info", "train", "finetune", "eval", "probe")]
+        [f"hymba.commands.{name}" for name in "info train finetune eval probe export".split()]
         if find_spec("tyro")
         else []
     ),

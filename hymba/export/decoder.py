@@ -55,7 +55,7 @@ class Writer:
         self.pairs: dict[int, tuple[str, str]] = {}  # K/V of each owner, new keys included
         self.seen: dict[int | None, Seen] = {}  # by window
 
-    def write(self, tick: Callable[[str], None]) -> None:
+    def write(self, tick: Callable[[int], None]) -> None:
         graph, decoder = self.graph, self.model.decoder
         self.count = self.rows_of_chunk()  # (1,)
         self.steps = self.steps_of_chunk()  # (N,)
@@ -69,7 +69,7 @@ class Writer:
             assert isinstance(block, Block)
             with graph.at(f"layers.{index}"):
                 x = self.block(x, block, index, layer)
-            tick(f"layer {index + 1} of {self.config.num_layers}")
+            tick(index + 1)
         with graph.at("head"):
             last = graph.op("Gather", x, graph.ints(-1))
             last = self.norm(last, decoder.final_norm, "final_norm")

@@ -47,7 +47,8 @@ def linear(
 def look_up(graph: Graph, ids: str, module: nn.Module, name: str) -> str:
     """ids (N,) -> rows (N, columns) of an embedding. An id outside of it ends the run."""
     if not isinstance(module, PackedEmbedding):
-        assert isinstance(module, nn.Embedding)
+        if type(module) is not nn.Embedding:
+            raise ExportError(f"{name} is a {type(module).__name__}, not a table: merge it first")
         return graph.op("Gather", _weight(graph, name, module.weight), ids)
     packed = module.packed
     blocks, (rows, columns) = _write(graph, name, packed), (packed.rows, packed.columns)

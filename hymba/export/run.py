@@ -55,9 +55,10 @@ def export(
     folder: str | Path,
     choices: Choices = Choices(),
     force: bool = False,
-    tick: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str, int, int | None], None] = lambda what, done, total: None,
 ) -> None:
-    """Write `model` as a folder for onnxruntime. `tick(what)` is called once a layer.
+    """Write `model` as a folder for onnxruntime. `progress` is told ("writing", layers done, of
+    how many).
 
     Weights become float32, those of a packed model keep their codes. Raises ExportError, one line,
     for modules that are neither (adapters), and for a folder that is there without `force`."""
@@ -67,7 +68,8 @@ def export(
     unfinished = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         unfinished.mkdir()
-        _fill(model, unfinished, choices, tick)
+        count = model.config.num_layers
+        _fill(model, unfinished, choices, lambda done: progress("writing", done, count))
         if target.is_dir():
             shutil.rmtree(target)
         unfinished.rename(target)
@@ -88,10 +90,10 @@ def check_folder(folder: Path, force: bool) -> None:
 
 
 def _fill(
-    model: LanguageModel, folder: Path, choices: Choices, tick: Callable[[str], None]
+    model: LanguageModel, folder: Path, choices: Choices, tick: Callable[[int], None]
 ) -> None:
     config, metas = model.config, meta_states(model.decoder)
-    tick("meta tokens")
+    tick(0)
     cache = entries(config, choices.chunk)
     with Data(folder / WEIGHTS) as data:
         graph = _model_graph(model, data, metas, cache, choices, tick)
@@ -112,7 +114,7 @@ def _model_graph(
     metas: Sequence[State],
     cache: Sequence[Entry],
     choices: Choices,
-    tick: Callable[[str], None],
+    tick: Callable[[int], None],
 ) -> GraphProto:
     graph = Graph(data)
     Writer(graph, model, list(metas), choices.chunk, choices.accuracy).write(tick)
@@ -170,6 +172,12 @@ def _told(model: LanguageModel, cache: Sequence[Entry], choices: Choices) -> dic
         "end": _ends(model),
         "cache": {entry.name: list(entry.shape) for entry in cache},
     }
+
+
+def read_told(folder: str | Path) -> dict[str, Any]:
+    """What a folder says of itself."""
+    found: dict[str, Any] = json.loads((Path(folder) / TOLD).read_text(encoding="utf-8"))
+    return found
 
 
 def _ends(model: LanguageModel) -> list[int]:

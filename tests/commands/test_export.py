@@ -1,0 +1,89 @@
+"""`hymba export`: a folder that runs, and one clear line for what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro", reason="the command line needs tyro")
+pytest.importorskip("onnx", reason="pip install 'hymba[onnx]'")
+pytest.importorskip("onnxruntime", reason="pip install 'hymba[onnx]'")
+from hymba import cli  # noqa: E402
+from tests.commands.generating import Ran, expected  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """run(*arguments) of `hymba export MODEL --onnx tmp_path/out`."""
+
+    def call(*argv: object, model: object = folder, out: object = tmp_path / "out") -> Ran:
+        words = ["--threads", "1", *map(str, argv)]
+        where = [] if out is None else ["--onnx", str(out)]
+        return Ran(cli.main(["export", str(model), *where, *words]), *capsys.readouterr())
+
+    return call
+
+
+def fails(ran: Ran, *said: str) -> None:
+    code, out, err = ran
+    assert (code, out) == (2, "") and err.count("\n") == 1, err
+    for word in said:
+        assert word in err
+
+
+def test_a_folder_that_the_example_runs(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    """The loop without this package says what the engine says, greedily."""
+    code, out, err = run("--check")
+    assert (code, err) == (0, "")
+    assert "float32" in out and "64 of 64 greedy tokens are the same" in out
+    command = [sys.executable, "examples/onnx_loop.py", str(tmp_path / "out"), "to be"]
+    done = subprocess.run(
+        [*command, "--tokens", "24"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    (answer,) = expected(folder, ["to be"], max_tokens=24, temperature=0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"to be{answer.text}\n"), answer.text
+
+
+def test_few_bits_are_told(run: Callable[..., Ran], tmp_path: Path) -> None:
+    code, out, _ = run("--quantize", "int8", "--chunk", 16)
+    assert code == 0 and "int8" in out
+    told = json.loads((tmp_path / "out" / "hymba.json").read_text())
+    assert (told["weights"], told["chunk"]) == (["int8"], 16)
+
+
+def test_a_folder_is_replaced_only_when_asked(run: Callable[..., Ran], tmp_path: Path) -> None:
+    assert run().code == 0
+    fails(run(), "--force writes it anew")
+    assert run("--force", "--chunk", 3).code == 0
+    assert json.loads((tmp_path / "out" / "hymba.json").read_text())["chunk"] == 3
+
+
+def test_mistakes_are_one_line(run: Callable[..., Ran], tmp_path: Path) -> None:
+    fails(run(out=None), "--onnx FOLDER")
+    fails(run("--chunk", 0), "--chunk is 0")
+    fails(run("--quantize", "int5"), "no quantisation called 'int5'", "int8, int4")
+    fails(run(model=tmp_path / "nowhere"), "there is no model folder")
+    (tmp_path / "out").write_text("")
+    fails(run(), "is a file")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_told(package: str, folder: Path, tmp_path: Path) -> None:
+    """Before a model is loaded. In a process of its own, where nothing is imported yet."""
+    words = ["export", str(folder), "--onnx", str(tmp_path / "out"), "--check"]
+    code = f"import sys; sys.modules[{package!r}] = None\n"
+    code += f"from hymba.cli import main; sys.exit(main({words!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    fails(Ran(done.returncode, done.stdout, done.stderr), "pip install 'hymba[onnx]'")
