@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hymba.engine.grammar import Grammars, Matcher
+from hymba.engine.interrupt import between_steps
 from hymba.engine.limits import Limits, Room
 from hymba.engine.pages import Pages
 from hymba.engine.prefix import Entry, Prefixes
@@ -182,7 +183,14 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Delta]:
-        """Compute once, and say what is known by then. May be nothing."""
+        """Compute once, and say what is known by then. May be nothing. After a Ctrl-C, which waits
+        for the end, that comes with the next step's."""
+        with between_steps():
+            self._step()
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _step(self) -> None:
         plan = self.scheduler.plan()
         if plan:
             self._steps += 1
@@ -192,8 +200,6 @@ class Engine:
                 self._decode(plan.decode)
         while len(self._flights) > (self.ahead if plan.decode else 0):
             self._read(self._flights.popleft())
-        deltas, self._deltas = self._deltas, []
-        return deltas
 
     def _rearrange(self, plan: Plan) -> None:
         """Who leaves is saved first, since others may get its slot and pages."""

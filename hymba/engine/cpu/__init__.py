@@ -7,12 +7,11 @@ phases), then what they are made of: rows, product, attention, ssm, mlp, vectors
 from __future__ import annotations
 
 import logging
-import os
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from hymba.engine.store import Store
 from hymba.model.decoder import LanguageModel
+from hymba.ops.backend import backend
 
 if TYPE_CHECKING:
     from hymba.engine.cpu.program import Program
@@ -22,7 +21,7 @@ log = logging.getLogger("hymba")
 
 def program(model: LanguageModel, store: Store) -> Program | None:
     """The compiled step of a model and a store; None where torch does it (`program.why_not`)."""
-    if model.device.type != "cpu" or not kernels_run():
+    if backend(model.device.type) != "numba":
         return None
     from hymba.engine.cpu.program import Program, why_not
 
@@ -30,12 +29,3 @@ def program(model: LanguageModel, store: Store) -> Program | None:
         log.debug("hymba: decode steps by torch: %s", reason)
         return None
     return Program(model, store)
-
-
-def kernels_run() -> bool:
-    """Whether there are compiled kernels for this CPU, and nothing else was asked for."""
-    if os.environ.get("HYMBA_BACKEND") or find_spec("numba") is None:
-        return False
-    from hymba.ops.cpu.simd import unsupported
-
-    return not unsupported()

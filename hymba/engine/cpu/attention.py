@@ -43,6 +43,7 @@ from hymba.ops.cpu.simd import (
     load,
     load_bf16,
     mul,
+    prefetch,
     read_f32,
     read_i32,
     splat,
@@ -222,6 +223,7 @@ def _score(attention: Any, keys: Any, k: int, count: int, q: int, scores: int, t
     heads, padded = attention.heads, attention.h_padded
     for first in range(0, count, KEYS):
         rows = k + first * keys.k_place
+        _ask_for(keys, rows, keys.k_place, attention.h)
         rows, stride = _wide(keys, rows, keys.k_place, count - first, attention.h, padded, tile)
         for head in range(heads):
             query, sums = q + 4 * head * padded, no_sums()
@@ -269,6 +271,7 @@ def _weigh(
     heads, padded = attention.heads, attention.e_padded
     for first in range(0, count, KEYS):
         rows = v + first * keys.v_place
+        _ask_for(keys, rows, keys.v_place, attention.e)
         rows, stride = _wide(keys, rows, keys.v_place, count - first, attention.e, padded, tile)
         for head in range(heads):
             out = part + 8 * heads + 4 * head * padded
@@ -280,6 +283,14 @@ def _weigh(
             while c < padded:
                 weigh_one(out + 4 * c, shares, rows + 4 * c, stride)
                 c += 16
+
+
+@kernel
+def _ask_for(keys: Any, rows: int, stride: int, width: int) -> None:
+    """The 16 rows after the next 16, where rows lie one behind the other."""
+    if stride == keys.bytes * width:
+        for line in range(2 * KEYS * stride, 3 * KEYS * stride, 64):
+            prefetch(rows + line)
 
 
 @kernel

@@ -30,6 +30,7 @@ from hymba.model.hybrid import Block, HybridMixer
 from hymba.model.layers import MLP
 from hymba.model.packed import PackedEmbedding, PackedLinear, schemes_of
 from hymba.model.ssm import SSM, is_plain
+from hymba.ops.cpu.simd import unsupported
 from hymba.ops.cpu.team import Team, address, aligned, team
 from hymba.ops.cpu.tiles import _exact_asked
 from hymba.ops.packed import TILE
@@ -45,6 +46,8 @@ KINDS = {  # by scheme, whether activations stay float32
 
 def why_not(model: LanguageModel, store: Store) -> str:
     """What of a model or its store a program cannot do; empty where it can do all."""
+    if missing := unsupported():
+        return missing
     if not schemes_of(model):
         return "its weights are not packed"
     for name, module in model.named_modules():

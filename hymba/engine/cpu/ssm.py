@@ -161,6 +161,7 @@ def _norm(x: int, size: int, weight: int, eps: float, out: int, padded: int) -> 
 def _scan(ssm: Any, u: int, dt: int, B: int, C: int, states: int, start: int, end: int) -> None:
     """dt is what dt_proj gave, and becomes C h."""
     n, padded = ssm.states, ssm.states_padded
+    whole = 4 * (n // 16 * 16)
     for i in range(start, end, 16):
         at = dt + 4 * i
         store(at, softplus(add(load(at), load(ssm.dt_bias + 4 * i))))
@@ -168,10 +169,14 @@ def _scan(ssm: Any, u: int, dt: int, B: int, C: int, states: int, start: int, en
         step = read_f32(dt + 4 * i)
         rate, drive, sums = splat(step), splat(step * read_f32(u + 4 * i)), splat(ZERO)
         state, A = states + 4 * i * n, ssm.A + 4 * i * padded
-        for c in range(0, 4 * padded, 64):
-            count = n - c // 4
-            h = mul(load_first(state + c, count), exp(mul(rate, load(A + c))))
+        for c in range(0, whole, 64):
+            h = mul(load(state + c), exp(mul(rate, load(A + c))))
             h = fma(drive, load(B + c), h)
-            store_first(state + c, h, count)
+            store(state + c, h)
             sums = fma(h, load(C + c), sums)
+        if whole < 4 * n:
+            h = mul(load_first(state + whole, n % 16), exp(mul(rate, load(A + whole))))
+            h = fma(drive, load(B + whole), h)
+            store_first(state + whole, h, n % 16)
+            sums = fma(h, load(C + whole), sums)
         write_f32(dt + 4 * i, total(sums))
