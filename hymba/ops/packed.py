@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import hymba.ops.norm as norms
+from hymba.ops.swiglu import swiglu
 from hymba.schemes import Scheme, SchemeError
 
 TILE = 32
@@ -43,8 +45,12 @@ class Packed(NamedTuple):
 
 def quantize(weight: Tensor, scheme: Scheme) -> Packed:
     """Round to nearest: of a few scales for each group the one with the least squared error."""
-    codes, scales = nearest(grouped(weight, scheme), scheme)
-    return pack(codes.flatten(1), scales, weight.shape[1], scheme)
+    rows, columns = weight.shape
+    parts = []
+    for some in weight.split(16 * TILE):  # what is made on the way stays in a CPU's caches
+        codes, scales = nearest(grouped(some, scheme), scheme)
+        parts.append(pack(codes.flatten(1), scales, columns, scheme).tiles)
+    return Packed(torch.cat(parts), rows, columns, scheme)
 
 
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -167,3 +173,21 @@ def packed_linear(x: Tensor, packed: Packed) -> Tensor:
 def _name_faster() -> None:
     if find_spec("numba") is None:
         log.warning("hymba: weights in few bits are slow here without: pip install 'hymba[cpu]'")
+
+
+# What a decode step has before and behind a product; plain PyTorch has it one by one.
+
+
+def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, packed: Packed) -> Tensor:
+    """x (S, columns) -> (S, rows), of its norm."""
+    return packed_linear(norms.rms_norm(x, norm_weight, eps), packed)
+
+
+def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Packed) -> Tensor:
+    """x (S, columns), the rows of gate and of up one behind the other -> (S, rows / 2)."""
+    return swiglu(*packed_norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1))
+
+
+def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
+    """x (S, columns), residual (S, rows) -> (S, rows)."""
+    return residual + packed_linear(x, packed)
