@@ -34,8 +34,9 @@ def _record(words: str, *others: tuple[str, object]) -> np.dtype:
     return np.dtype([*((name, _word) for name in words.split()), *others], align=True)
 
 
-# address: of its tiles of 32 rows, or of float32 rows.
-MATRIX = _record("address kind rows columns tiles groups tile_bytes")
+# address: of its tiles of 32 rows, or of float32 rows. group: columns that share a scale. meet: the
+# address of what multiplies a tile.
+MATRIX = _record("address kind rows columns tiles tile_bytes group groups group_bytes meet")
 
 # Place p of page i of group g: address + i * page + g * group + p * place, bytes between them in
 # k and v; `bytes` of an element: 4 float32, 2 bfloat16.

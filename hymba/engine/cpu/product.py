@@ -17,13 +17,14 @@ from hymba.engine.cpu.layout import DENSE, INT4, INT4_EXACT, INT8, INT8_EXACT
 from hymba.engine.cpu.vectors import (
     add_products,
     add_products_first,
+    call_meet,
     load_first,
     no_sums,
     read_f16,
     read_u8,
     totals,
 )
-from hymba.ops.cpu.compiled import kernel
+from hymba.ops.cpu.compiled import kernel, pointer
 from hymba.ops.cpu.simd import add, fma, load, read_f32, splat, store, total, write_f32
 from hymba.ops.cpu.team import claim, finish, guided, guided_count, wait
 from hymba.ops.cpu.tiles import _quantise_group, kernels
@@ -31,9 +32,7 @@ from hymba.ops.cpu.tiles import _quantise_group, kernels
 TILE = 32
 LEAST = 64 << 10  # bytes of weights in a piece
 ZERO = np.float32(0)
-GROUP4, BYTES4 = 32, 576  # columns of a group, and its bytes in a tile
-GROUP8, BYTES8 = 64, 2112
-_quantise4, _quantise8 = _quantise_group(4, GROUP4), _quantise_group(8, GROUP8)
+_quantise4, _quantise8 = _quantise_group(4, 32), _quantise_group(8, 64)
 
 
 # ---- activations ---------------------------------------------------------------------------
@@ -42,16 +41,26 @@ _quantise4, _quantise8 = _quantise_group(4, GROUP4), _quantise_group(8, GROUP8)
 @kernel
 def make_ready(matrix: Any, values: int, ready: int, start: int, end: int) -> None:
     """Put columns start .. end, multiples of 64 but the last, of a row in int8 for a matrix."""
-    if matrix.kind == INT4:
-        scales = ready + GROUP4 * matrix.groups
-        for g in range(start // GROUP4, min((end + GROUP4 - 1) // GROUP4, matrix.groups)):
-            codes, scale = ready + GROUP4 * g, scales + 4 * g
-            _quantise4(values + 4 * GROUP4 * g, codes, scale, scale + 4 * matrix.groups)
-    elif matrix.kind == INT8:
-        scales = ready + GROUP8 * matrix.groups
-        for g in range(start // GROUP8, min((end + GROUP8 - 1) // GROUP8, matrix.groups)):
-            codes, scale = ready + GROUP8 * g, scales + 4 * g
-            _quantise8(values + 4 * GROUP8 * g, codes, scale, scale + 4 * matrix.groups)
+    if in_int8(matrix):
+        first, last = start // matrix.group, (end + matrix.group - 1) // matrix.group
+        _quantise(matrix, values, ready, first, min(last, matrix.groups), matrix.groups)
+
+
+@kernel
+def in_int8(matrix: Any) -> bool:
+    return matrix.kind == INT4 or matrix.kind == INT8
+
+
+@kernel
+def _quantise(matrix: Any, values: int, ready: int, first: int, last: int, groups: int) -> None:
+    """Groups first .. last of a row that has so many."""
+    size = matrix.group
+    for g in range(first, last):
+        x, codes, scale = values + 4 * size * g, ready + size * g, ready + size * groups + 4 * g
+        if matrix.kind == INT4:
+            _quantise4(x, codes, scale, scale + 4 * groups)
+        else:
+            _quantise8(x, codes, scale, scale + 4 * groups)
 
 
 # ---- tiles ---------------------------------------------------------------------------------
@@ -62,7 +71,7 @@ def _meet(bits: int, group: int, exact: bool) -> Any:
     one, two, four = made.one, made.two, made.four
 
     @kernel
-    def meet(weights: int, groups: int, x: int, step: int, rows: int, y: int, y_step: int) -> Any:
+    def meet(weights: int, groups: int, x: int, step: int, rows: int, y: int, y_step: int) -> None:
         """Some groups of a tile and all rows."""
         done = 0
         while done + 4 <= rows:
@@ -77,8 +86,31 @@ def _meet(bits: int, group: int, exact: bool) -> Any:
     return meet
 
 
-_meet4, _meet8 = _meet(4, GROUP4, False), _meet(8, GROUP8, False)
-_exact4, _exact8 = _meet(4, GROUP4, True), _meet(8, GROUP8, True)
+_meet_int4, _meet_int8 = _meet(4, 32, False), _meet(8, 64, False)
+_meet_int4_exact, _meet_int8_exact = _meet(4, 32, True), _meet(8, 64, True)
+
+
+@pointer
+def _int4(weights: int, groups: int, x: int, step: int, rows: int, y: int, y_step: int) -> None:
+    _meet_int4(weights, groups, x, step, rows, y, y_step)
+
+
+@pointer
+def _int8(weights: int, groups: int, x: int, step: int, rows: int, y: int, y_step: int) -> None:
+    _meet_int8(weights, groups, x, step, rows, y, y_step)
+
+
+@pointer
+def _exact4(weights: int, groups: int, x: int, step: int, rows: int, y: int, y_step: int) -> None:
+    _meet_int4_exact(weights, groups, x, step, rows, y, y_step)
+
+
+@pointer
+def _exact8(weights: int, groups: int, x: int, step: int, rows: int, y: int, y_step: int) -> None:
+    _meet_int8_exact(weights, groups, x, step, rows, y, y_step)
+
+
+MEET = {INT4: _int4, INT8: _int8, INT4_EXACT: _exact4, INT8_EXACT: _exact8}
 
 
 @kernel
@@ -95,20 +127,15 @@ def multiply(
 ) -> None:
     """y of tiles tile .. tile_end, for rows of activations `stride` apart. Whole tiles are written:
     zeros for rows that the matrix has not."""
+    x = ready if in_int8(matrix) else values
     for t in range(tile, tile_end):
         at, out = matrix.address + t * matrix.tile_bytes, y + 4 * TILE * t
-        if matrix.kind == INT4:
-            _meet4(at, matrix.groups, ready, stride, rows, out, y_stride)
-        elif matrix.kind == INT8:
-            _meet8(at, matrix.groups, ready, stride, rows, out, y_stride)
-        elif matrix.kind == INT4_EXACT:
-            _exact4(at, matrix.groups, values, stride, rows, out, y_stride)
-        elif matrix.kind == INT8_EXACT:
-            _exact8(at, matrix.groups, values, stride, rows, out, y_stride)
-        else:
+        if matrix.kind == DENSE:
             for row in range(rows):
-                x, out_row = values + row * stride, out + row * y_stride
-                _dense(matrix, TILE * t, 0, matrix.columns, x, out_row)
+                source, target = x + row * stride, out + row * y_stride
+                _dense(matrix, TILE * t, 0, matrix.columns, source, target)
+        else:
+            call_meet(matrix.meet, at, matrix.groups, x, stride, rows, out, y_stride)
 
 
 @kernel
@@ -124,41 +151,23 @@ def multiply_columns(
     y: int,
     y_stride: int,
 ) -> None:
-    """All tiles, and columns start .. end of the matrix alone: start is a multiple of a group.
-    values: of these columns. ready: room for them in int8."""
-    if matrix.kind == INT4 or matrix.kind == INT8:
+    """All tiles, and columns start .. end of the matrix alone, as if it had no others: start is a
+    multiple of a group. values: of these columns. ready: room for them in int8."""
+    if matrix.kind == DENSE:
         for row in range(rows):
-            _ready_alone(matrix, start, end, values + row * stride, ready + row * ready_stride)
+            for t in range(matrix.tiles):
+                source, target = values + row * stride, y + row * y_stride + 4 * TILE * t
+                _dense(matrix, TILE * t, start, end, source, target)
+        return
+    groups, first = (end - start + matrix.group - 1) // matrix.group, start // matrix.group
+    x, step = values, stride
+    if in_int8(matrix):
+        x, step = ready, ready_stride
+        for row in range(rows):
+            _quantise(matrix, values + row * stride, ready + row * step, 0, groups, groups)
     for t in range(matrix.tiles):
-        at, out = matrix.address + t * matrix.tile_bytes, y + 4 * TILE * t
-        groups4, groups8 = (end - start + 31) // GROUP4, (end - start + 63) // GROUP8
-        if matrix.kind == INT4:
-            _meet4(at + start // GROUP4 * BYTES4, groups4, ready, ready_stride, rows, out, y_stride)
-        elif matrix.kind == INT8:
-            _meet8(at + start // GROUP8 * BYTES8, groups8, ready, ready_stride, rows, out, y_stride)
-        elif matrix.kind == INT4_EXACT:
-            _exact4(at + start // GROUP4 * BYTES4, groups4, values, stride, rows, out, y_stride)
-        elif matrix.kind == INT8_EXACT:
-            _exact8(at + start // GROUP8 * BYTES8, groups8, values, stride, rows, out, y_stride)
-        else:
-            for row in range(rows):
-                x, out_row = values + row * stride, out + row * y_stride
-                _dense(matrix, TILE * t, start, end, x, out_row)
-
-
-@kernel
-def _ready_alone(matrix: Any, start: int, end: int, values: int, ready: int) -> None:
-    """Some columns as if the matrix had no others."""
-    if matrix.kind == INT4:
-        groups = (end - start + GROUP4 - 1) // GROUP4
-        for g in range(groups):
-            scale = ready + GROUP4 * groups + 4 * g
-            _quantise4(values + 4 * GROUP4 * g, ready + GROUP4 * g, scale, scale + 4 * groups)
-    else:
-        groups = (end - start + GROUP8 - 1) // GROUP8
-        for g in range(groups):
-            scale = ready + GROUP8 * groups + 4 * g
-            _quantise8(values + 4 * GROUP8 * g, ready + GROUP8 * g, scale, scale + 4 * groups)
+        at = matrix.address + t * matrix.tile_bytes + first * matrix.group_bytes
+        call_meet(matrix.meet, at, groups, x, step, rows, y + 4 * TILE * t, y_stride)
 
 
 @kernel
@@ -239,9 +248,9 @@ def _element(matrix: Any, row: int, column: int) -> Any:
     if matrix.kind == DENSE:
         return read_f32(matrix.address + 4 * (row * matrix.columns + column))
     four = matrix.kind == INT4 or matrix.kind == INT4_EXACT
-    group = GROUP4 if four else GROUP8
+    group = matrix.group
     half = 8 * group if four else 16 * group  # bytes
-    at = matrix.address + row // TILE * matrix.tile_bytes + column // group * (2 * half + 64)
+    at = matrix.address + row // TILE * matrix.tile_bytes + column // group * matrix.group_bytes
     lane, inner = row % TILE, column % group
     scale = read_f16(at + 2 * half + 2 * lane)
     at += lane // 16 * half + 4 * (lane % 16)

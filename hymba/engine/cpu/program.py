@@ -21,6 +21,7 @@ from hymba.config import Layer
 from hymba.engine.cpu import layout
 from hymba.engine.cpu.attention import MOST_PARTS, SCORES
 from hymba.engine.cpu.layout import BLOCK, LAYER, MODEL, ROW, ROWS, SPAN
+from hymba.engine.cpu.product import MEET
 from hymba.engine.cpu.ssm import CHANNELS
 from hymba.engine.cpu.step import phase_count, step
 from hymba.engine.store import PagedKV, Store
@@ -244,7 +245,9 @@ class Program:
             weight, scheme = module.tiles, module.scheme
             record["kind"] = KINDS[scheme.name, self.exact]
             record["rows"], record["columns"] = module.rows, module.columns
+            record["group"], record["group_bytes"] = scheme.group, scheme.group_bytes
             record["groups"], record["tile_bytes"] = scheme.groups(module.columns), weight.shape[1]
+            record["meet"] = MEET[int(record["kind"])].address
         else:
             weight = module.weight  # type: ignore[assignment]
             record["kind"] = layout.DENSE

@@ -174,6 +174,27 @@ def _weigh(vectors: int) -> Any:
 weigh_one, weigh_four = _weigh(1), _weigh(4)
 
 
+# ---- calls ---------------------------------------------------------------------------------
+
+
+@operation(none, *[i64] * 8)
+def call_meet(
+    b: Builder,
+    function: Value,
+    weights: Value,
+    groups: Value,
+    x: Value,
+    step: Value,
+    rows: Value,
+    y: Value,
+    y_step: Value,
+) -> None:
+    """A `pointer` of product.py, by its address."""
+    kind = ir.FunctionType(ir.VoidType(), [simd.I64] * 7)
+    values = [weights, groups, x, step, rows, y, y_step]
+    b.call(b.inttoptr(function, kind.as_pointer()), values)
+
+
 # ---- single values, records ----------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
-"""How kernels are compiled: three kinds of function, and a cache on disk that cannot be stale.
+"""How kernels are compiled: four kinds of function, and a cache on disk that cannot be stale.
 
     kernel   called by other kernels
+    pointer  called by kernels, through its address
     entry    called by Python, without the GIL
     job      called by every thread of a team (team.py), through its address
 
@@ -66,19 +67,17 @@ def entry(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True, cache=keep, **OPTIONS)(function)
 
 
-class job:
-    """What all threads of a team run: function(thread, threads, phases, arguments), int64 all.
+class pointer:
+    """A function of int64 values that returns nothing, called by kernels through its address: it is
+    compiled by itself, where a kernel would be compiled again with each that calls it."""
 
-    `thread` counts from 0, the caller's. `phases` and `arguments` are addresses: of the phases'
-    counters (see team.py), and of the int64 values that were given to `Team.run`."""
-
-    def __init__(self, function: Callable[[int, int, int, int], None]):
+    def __init__(self, function: Callable[..., None]):
         self.function = function
         self.__doc__ = function.__doc__
 
     @cached_property
     def compiled(self) -> Any:
-        kind = numba.void(*[numba.int64] * 4)
+        kind = numba.void(*[numba.int64] * self.function.__code__.co_argcount)
         named = not self.function.__closure__  # else numba would never find it again
         with _kept() as keep:
             return numba.cfunc(kind, cache=keep and named, **OPTIONS)(self.function)
@@ -86,6 +85,13 @@ class job:
     @cached_property
     def address(self) -> int:
         return int(self.compiled.address)
+
+
+class job(pointer):
+    """What all threads of a team run: function(thread, threads, phases, arguments), int64 all.
+
+    `thread` counts from 0, the caller's. `phases` and `arguments` are addresses: of the phases'
+    counters (see team.py), and of the int64 values that were given to `Team.run`."""
 
 
 @contextmanager

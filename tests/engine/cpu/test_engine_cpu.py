@@ -1,11 +1,11 @@
-"""The engine over a packed model: what it says is what it says by torch, whoever comes and goes, and
-also after Ctrl-C and in a forked child."""
+"""The engine over a packed model: what it says is what it says by torch, whoever comes and goes,
+and also after Ctrl-C and in a forked child."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -36,13 +36,15 @@ def made(tiny: Callable[[str], Config], lively: Callable[..., LanguageModel]) ->
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Or tokens would differ by the rounding of activations."""
     from hymba.ops.cpu import tiles
 
     monkeypatch.delenv("HYMBA_BACKEND", raising=False)
     monkeypatch.setenv("HYMBA_EXACT", "1")
     forget()
+    tiles._exact_asked.cache_clear()
+    yield
     tiles._exact_asked.cache_clear()
 
 
