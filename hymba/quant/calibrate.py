@@ -57,14 +57,18 @@ def text_rows(
     size = length - len(begin)
     share = -(-count // max(1, len(texts)))  # of the rows, that one text may have
     found: list[list[int]] = []
+    spare: list[list[int]] = []
     rest: list[int] = []
     for text in draw.sample(list(texts), len(texts)):
         ids = rest + tokenizer.encode(text)
         pieces = [ids[at : at + size] for at in range(0, len(ids) - size + 1, size)]
         rest = ids[len(pieces) * size :]
-        found += draw.sample(pieces, min(len(pieces), share))
+        draw.shuffle(pieces)
+        found += pieces[:share]
+        spare += pieces[share:]
         if len(found) >= count:
             break
+    found += draw.sample(spare, min(len(spare), max(0, count - len(found))))
     if not found:
         raise CalibrationError(
             f"the text has {len(rest)} tokens, and a row of calibration {length}: give more text"

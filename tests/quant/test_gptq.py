@@ -40,9 +40,7 @@ def test_products_are_nearer(scheme: Scheme, size: tuple[int, int]) -> None:
 
 @each_scheme
 @each_size
-def test_without_knowledge_it_is_rounding_to_nearest(
-    scheme: Scheme, size: tuple[int, int]
-) -> None:
+def test_without_knowledge_it_is_rounding_to_nearest(scheme: Scheme, size: tuple[int, int]) -> None:
     _, weight = rows_and_weight(size)
     inputs = torch.linspace(1, 9, size[1])
     for hessian in (torch.zeros(size[1], size[1]), torch.diag(inputs), 5 * torch.eye(size[1])):
