@@ -25,8 +25,10 @@ asked = parser.parse_args()
 
 told = json.loads((asked.folder / "hymba.json").read_text(encoding="utf-8"))
 tokenizer = Tokenizer.from_file(str(asked.folder / "tokenizer.json"))
-start = ort.InferenceSession(asked.folder / "start.onnx")
-model = ort.InferenceSession(asked.folder / "model.onnx")
+options = ort.SessionOptions()
+options.enable_mem_pattern = False  # memory planned for a chunk would be kept for every step
+start = ort.InferenceSession(asked.folder / "start.onnx", options)
+model = ort.InferenceSession(asked.folder / "model.onnx", options)
 
 ids = tokenizer.encode(asked.prompt, add_special_tokens=False).ids
 ids = ids if told["begin"] is None else [told["begin"], *ids]

@@ -25,6 +25,7 @@ class Session:
     def __init__(self, folder: str | Path, room: int, threads: int = 0):
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.enable_mem_pattern = False  # planned for a chunk, it would be kept for every step
         self.told = read_told(folder)
         self._value = ort.OrtValue.ortvalue_from_numpy
         start, self._model = (
