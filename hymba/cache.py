@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hymba.config import Config, Layer
-from hymba.ops import Past, Segments, send
+from hymba.ops import Packed, Past, Segments, send
 
 
 class State(NamedTuple):
@@ -58,7 +58,8 @@ class Held(NamedTuple):
     slots: Tensor | None = None  # (S,) int64
     # Constants of the weights, where somebody has them ready:
     A: Tensor | None = None  # (E, n) rates of the SSM
-    gate_up: Tensor | None = None  # (2 F, D) weights of the MLP, as `MLP.pack` gives them
+    gate_up: Tensor | Packed | None = None  # (2 F, D) of the MLP, as `MLP.pack` gives them
+    dt: Tensor | None = None  # (E, R) weight of dt_proj, where it is kept in few bits
 
 
 class Snapshot(NamedTuple):

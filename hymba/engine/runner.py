@@ -21,7 +21,7 @@ from hymba.engine.cpu import program
 from hymba.engine.store import Store
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
-from hymba.ops import send
+from hymba.ops import Packed, send
 
 
 class Spoken(NamedTuple):
@@ -47,9 +47,10 @@ class Runner:
         )
         with torch.no_grad():  # constants of the weights, which an engine holds still
             self.rates = model.decoder.rates()
-            self.gate_up: list[Tensor | None] = [None] * len(self.rates)
+            self.gate_up: list[Tensor | Packed | None] = [None] * len(self.rates)
+            self.dts: list[Tensor | None] = [None] * len(self.rates)
             if model.device.type == "cuda":
-                self.gate_up = model.decoder.pack()
+                self.gate_up, self.dts = model.decoder.pack(), model.decoder.wide_dts()
         self.program = program(model, store)  # for packed weights on a CPU
         self._captured: dict[int, Captured] = {}  # by rows
         self._pool: Any = None
@@ -100,8 +101,8 @@ class Runner:
             logits = self.program.step(tokens, lengths, slots)
         else:
             layers = held(self.store, slots, lengths)
-            ready = zip(layers, self.rates, self.gate_up, strict=True)
-            layers = [now._replace(A=A, gate_up=both) for now, A, both in ready]
+            ready = zip(layers, self.rates, self.gate_up, self.dts, strict=True)
+            layers = [now._replace(A=A, gate_up=both, dt=dt) for now, A, both, dt in ready]
             logits = self.model.step(tokens, lengths, layers)
         likeliest = logits.argmax(-1)
         self.last[slots] = likeliest

@@ -27,7 +27,8 @@ from hymba.model.hybrid import Before, Block, Left
 from hymba.model.layers import MetaTokens, RMSNorm, rope_tables
 from hymba.model.memo import fingerprint
 from hymba.model.packed import PackedLinear
-from hymba.model.ssm import is_matrix
+from hymba.model.ssm import is_matrix, is_packed
+from hymba.ops import Packed
 
 
 class Decoder(nn.Module):
@@ -102,11 +103,18 @@ class Decoder(nn.Module):
         ssms = (block.mixer.ssm for block in self._each())
         return [None if ssm is None else ssm.rates(self.final_norm.weight.dtype) for ssm in ssms]
 
-    def pack(self) -> list[Tensor | None]:
+    def wide_dts(self) -> list[Tensor | None]:
+        """`SSM.wide_dt` of every layer (`Held.dt`)."""
+        ssms = (block.mixer.ssm for block in self._each())
+        dtype = self.final_norm.weight.dtype
+        return [None if ssm is None else ssm.wide_dt(dtype) for ssm in ssms]
+
+    def pack(self) -> list[Tensor | Packed | None]:
         """`MLP.pack` of every layer (`Held.gate_up`); None where its projections are more than
         their weights."""
+        device = self.final_norm.weight.device.type
         mlps = (
-            block.mlp if block.is_bare(self.final_norm.weight.device.type) else None
+            block.mlp if block.is_bare(device) or block.is_bare(device, is_packed) else None
             for block in self._each()
         )
         return [None if mlp is None else mlp.pack() for mlp in mlps]

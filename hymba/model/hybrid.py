@@ -25,8 +25,8 @@ from hymba.config import Config, Layer
 from hymba.model.attention import attend
 from hymba.model.batch import Batch
 from hymba.model.layers import MLP, RMSNorm, Scales, apply_rope
-from hymba.model.ssm import SSM, is_matrix, is_plain
-from hymba.ops import Meta, Past, Segments
+from hymba.model.ssm import SSM, is_matrix, is_packed, is_plain, matrix_of
+from hymba.ops import Meta, Packed, Past, Segments
 
 
 class Before(NamedTuple):
@@ -206,6 +206,8 @@ class Block(nn.Module):
         mixer, bare = self.mixer, self.is_bare(x.device.type)
         if bare and len(x) <= ops.THIN_ROWS:
             return self.thin_step(x, rope, now)
+        if not bare and self.is_bare(x.device.type, is_packed):
+            return self.packed_step(x, rope, now)
         outs = mixer.step(mixer.in_proj(self.input_norm(x)), rope, now)
         if not bare:
             return self.add(x, mixer.out_proj(mixer.fuse(outs)))
@@ -213,7 +215,7 @@ class Block(nn.Module):
         if self.mlp is None or self.mlp_norm is None:
             return x
         normed = self.mlp_norm(x)
-        if now.gate_up is None:
+        if not isinstance(now.gate_up, Tensor):
             inner = self.mlp.inner(normed)
         else:
             inner = ops.swiglu(*(normed @ now.gate_up.T).chunk(2, dim=-1))
@@ -236,15 +238,28 @@ class Block(nn.Module):
         hidden = ops.norm_swiglu(x, self.mlp_norm.weight, norm.eps, gate, up)
         return ops.linear_add(hidden, mlp.down_proj.weight, x)
 
-    def is_bare(self, device_type: str) -> bool:
+    def packed_step(self, x: Tensor, rope: tuple[Tensor, Tensor], now: Held) -> Tensor:
+        """`step` with matrices in few bits, each product with its neighbours."""
+        norm, mixer, mlp = self.input_norm, self.mixer, self.mlp
+        rows = ops.packed_norm_linear(x, norm.weight, norm.eps, matrix_of(mixer.in_proj))
+        outs = mixer.step(rows, rope, now)
+        x = ops.packed_linear_add(mixer.fuse(outs), matrix_of(mixer.out_proj), x)
+        if mlp is None or self.mlp_norm is None:
+            return x
+        if not isinstance(now.gate_up, Packed):
+            return x + mlp(self.mlp_norm(x))
+        hidden = ops.packed_norm_swiglu(x, self.mlp_norm.weight, norm.eps, now.gate_up)
+        return ops.packed_linear_add(hidden, matrix_of(mlp.down_proj), x)
+
+    def is_bare(self, device_type: str, kept: Callable[[nn.Module], bool] = is_matrix) -> bool:
         """Whether mixer and MLP are their weights and nothing more: no adapters, no hooks, and no
-        autocast, which would make other weights of them."""
+        autocast, which would make other weights of them. `kept`: as numbers, or in few bits."""
         if torch.is_autocast_enabled(device_type):
             return False
         parts: list[nn.Module] = [self.mixer] if self.mlp is None else [self.mixer, self.mlp]
         inner = [part for module in parts for part in module.children()]
         linears = [x for x in inner if not isinstance(x, (SSM, RMSNorm, Scales))]
-        return all(map(is_plain, parts)) and all(map(is_matrix, linears))
+        return all(map(is_plain, parts)) and all(map(kept, linears))
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         """x and the mixer's output, added, and the MLP over them."""

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba import ops
+from hymba.model.packed import PackedLinear
+from hymba.ops import Packed
+from hymba.ops.packed import TILE
 
 
 class RMSNorm(nn.Module):
@@ -64,15 +67,26 @@ class MLP(nn.Module):
         return ops.swiglu(self.gate_proj(x), self.up_proj(x))
 
     @torch.no_grad()
-    def pack(self) -> Tensor | None:
+    def pack(self) -> Tensor | Packed | None:
         """Lay the weights of gate and up one behind the other in memory: they stay what they are,
         and one product can read both. -> both (2 width, D), None without a gate."""
         if self.gate_proj is None:
             return None
+        if isinstance(self.gate_proj, PackedLinear):
+            return self._pack_tiles(self.gate_proj, self.up_proj)
         gate, up = self.gate_proj.weight, self.up_proj.weight
         both = torch.cat([gate, up])
         gate.data, up.data = both.chunk(2)
         return both
+
+    @staticmethod
+    def _pack_tiles(gate: PackedLinear, up: nn.Module) -> Packed | None:
+        """None where the first matrix' rows do not end with a tile."""
+        if not isinstance(up, PackedLinear) or up.scheme != gate.scheme or gate.rows % TILE:
+            return None
+        both = torch.cat([gate.tiles, up.tiles])
+        gate.tiles.data, up.tiles.data = both.chunk(2)
+        return Packed(both, 2 * gate.rows, gate.columns, gate.scheme)
 
 
 def rope_tables(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:

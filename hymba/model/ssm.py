@@ -5,6 +5,8 @@ Letters: N rows, E inner channels, n states a channel, R rank of dt, K taps.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,9 @@ from hymba import ops
 from hymba.cache import Held
 from hymba.config import Config
 from hymba.model.layers import RMSNorm
-from hymba.ops import Segments
+from hymba.model.packed import PackedLinear
+from hymba.ops import Packed, Segments
+from hymba.ops.packed import dequantize
 
 
 class DepthwiseConv(nn.Module):
@@ -77,8 +81,8 @@ class SSM(nn.Module):
         A = self.rates(u.dtype) if now.A is None else now.A
         u = ops.conv_step(u, conv.weight.squeeze(1), conv.bias, now.conv, slots)
         low, norms, eps = self._low(u), self._norms(), self.dt_norm.eps
-        if is_matrix(self.dt_proj):
-            weight = self.dt_proj.weight
+        weight = self.dt_proj.weight if is_matrix(self.dt_proj) else now.dt
+        if weight is not None:
             return ops.ssm_step(
                 u, low, weight, self.dt_bias, *norms, A, self.D, gate, now.ssm, slots, eps
             )
@@ -96,6 +100,10 @@ class SSM(nn.Module):
     def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight
 
+    def wide_dt(self, dtype: torch.dtype) -> Tensor | None:
+        """The weight (E, R) of dt_proj written out, if it is kept in few bits (`Held.dt`)."""
+        return dequantize(self.dt_proj.packed, dtype) if is_packed(self.dt_proj) else None
+
     def rates(self, dtype: torch.dtype) -> Tensor:
         """A (E, n), wide."""
         return -torch.exp(self.A_log.to(torch.promote_types(dtype, torch.float32)))
@@ -111,3 +119,14 @@ def is_matrix(linear: nn.Module) -> bool:
     """Whether a projection is its weight and nothing more: no adapter, hook or packed weight."""
     weight = getattr(linear, "weight", None)
     return type(linear) is nn.Linear and type(weight) is nn.Parameter and is_plain(linear)
+
+
+def is_packed(linear: nn.Module) -> TypeGuard[PackedLinear]:
+    """Whether a projection is a matrix in few bits and nothing more."""
+    return type(linear) is PackedLinear and is_plain(linear)
+
+
+def matrix_of(linear: nn.Module) -> Packed:
+    """The matrix of a projection that `is_packed`."""
+    assert isinstance(linear, PackedLinear)
+    return linear.packed

@@ -40,6 +40,9 @@ __all__ = [
     "norm_linear",
     "norm_swiglu",
     "packed_linear",
+    "packed_linear_add",
+    "packed_norm_linear",
+    "packed_norm_swiglu",
     "packed_rows",
     "rms_norm",
     "rms_norms",
@@ -280,6 +283,28 @@ def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     if wants_grad(x):  # kernels have none
         return packed_linear_reference(x, packed)
     return twin("packed_linear", x)(x, packed)
+
+
+def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, packed: Packed) -> Tensor:
+    """packed_linear(rms_norm(x), packed), without gradients: x (S, columns) -> (S, rows)."""
+    _fit("packed_norm_linear", x=(x.shape[1], packed.columns))
+    _fit("packed_norm_linear", norm_weight=(len(norm_weight), packed.columns))
+    return twin("packed_norm_linear", x)(x, norm_weight, eps, packed)
+
+
+def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Packed) -> Tensor:
+    """swiglu of two such products, their rows one behind the other, in whole tiles:
+    x (S, columns) -> (S, rows / 2)."""
+    _fit("packed_norm_swiglu", x=(x.shape[1], gate_up.columns), tiles=(gate_up.rows % 64, 0))
+    _fit("packed_norm_swiglu", norm_weight=(len(norm_weight), gate_up.columns))
+    return twin("packed_norm_swiglu", x)(x, norm_weight, eps, gate_up)
+
+
+def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
+    """residual + packed_linear(x, packed), without gradients: residual (S, rows) -> (S, rows)."""
+    _fit("packed_linear_add", x=(x.shape[1], packed.columns), residual=(len(residual), len(x)))
+    _fit("packed_linear_add", residual=(residual.shape[1], packed.rows))
+    return twin("packed_linear_add", x)(x, packed, residual)
 
 
 def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -37,8 +37,10 @@ from torch import Tensor
 
 from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
+from hymba.ops.norm_triton import rms_norm
 from hymba.ops.packed import TILE, Packed
 from hymba.ops.step_triton import dot_type
+from hymba.ops.swiglu_triton import swiglu
 
 MOST_ROWS = 32
 PROCESSORS = 132  # of an H100 or H200
@@ -109,50 +111,81 @@ def _ordered(x, BITS: tl.constexpr, BACK: tl.constexpr = False):
 
 
 @triton.jit
-def _turn(words, scales, g, groups, P: tl.constexpr, HALVES: tl.constexpr):
-    """Words (G, HALVES * 16 P) as they lie and scales (G, HALVES * 16) of groups g."""
+def _turn(words, scales, g, groups, apart, apart_s, P: tl.constexpr, HALVES: tl.constexpr):
+    """Words (G, HALVES, 16 P) as they lie and scales (G, HALVES, 16) of groups g. Two halves are
+    those of a tile, or `apart` words from each other."""
     STRIDE: tl.constexpr = 32 * P + 16  # words of a group, 32 scales among them
-    word, row, there = tl.arange(0, HALVES * 16 * P), tl.arange(0, HALVES * 16), g < groups
-    at = words + g[:, None] * STRIDE + word[None, :]
-    w = tl.load(at, mask=there[:, None], other=0, eviction_policy="evict_first")
-    at = scales + g[:, None] * (2 * STRIDE) + row[None, :]
-    return w, tl.load(at, mask=there[:, None], other=0.0, eviction_policy="evict_first")
+    word, row, half = tl.arange(0, 16 * P), tl.arange(0, 16), tl.arange(0, HALVES)
+    there = (g < groups)[:, None, None]
+    at = (g[:, None] * STRIDE + half[None, :] * (apart + 16 * P))[:, :, None] + word[None, None, :]
+    w = tl.load(words + at, mask=there, other=0, eviction_policy="evict_first")
+    at = (g[:, None] * STRIDE + half[None, :] * (apart_s + 8))[:, :, None] * 2 + row[None, None, :]
+    return w, tl.load(scales + at, mask=there, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def _rows_of(w, P: tl.constexpr, HALVES: tl.constexpr):
-    """Words (G, HALVES * 16 P) as they lie -> (G, HALVES * 16, P)."""
+    """Words (G, HALVES, 16 P) as they lie -> (G, HALVES * 16, P)."""
     G: tl.constexpr = w.shape[0]
     w = tl.permute(tl.reshape(w, (G, HALVES, P, 16)), (0, 1, 3, 2))
     return tl.reshape(w, (G, HALVES * 16, P))
 
 
-@triton.jit(do_not_specialize=["S", "F", "D", "groups"])
+@triton.jit
+def _rounded(x, kind: tl.constexpr):
+    return x.to(kind).to(tl.float32)
+
+
+@triton.jit
+def _piece(
+    x, n, g, S, D, groups,
+    GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Columns of groups g of the rows that start at x (1, ROWS, 1): (G, ROWS, GROUP)."""
+    at = (g * GROUP)[:, None, None] + tl.arange(0, GROUP)[None, None, :]
+    there = (n < S)[None, :, None] & (g < groups)[:, None, None]
+    if not EVEN:
+        there = there & (at < D)
+    return tl.load(x + at, mask=there, other=0.0)
+
+
+@triton.jit(do_not_specialize=["S", "F", "D", "groups", "tiles"])
 def _packed_linear_kernel(
-    x, words, scales, out, S, F, D, groups, stride_x,
+    x, words, scales, norm_weight, residual, out, S, F, D, groups, tiles, eps, stride_x, stride_r,
     BITS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr,
     ROWS: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
-    CHAINED: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = GROUP * BITS // 32  # words of a row's group
     STRIDE: tl.constexpr = 32 * P + 16
-    tile, half = tl.program_id(0) // (2 // HALVES), tl.program_id(0) % (2 // HALVES)
+    kind: tl.constexpr = out.dtype.element_ty
+    EACH: tl.constexpr = 1 if GATED else HALVES  # halves of a tile
+    tile, half = tl.program_id(0) // (2 // EACH), tl.program_id(0) % (2 // EACH)
     words += tile.to(tl.int64) * groups * STRIDE + half * 16 * P
     scales += tile.to(tl.int64) * groups * 2 * STRIDE + 64 * P + half * 16
-    turn, column = tl.arange(0, TURN), tl.arange(0, GROUP)
+    apart = tiles * groups * STRIDE - 16 * P if GATED else 0
+    apart_s = tiles * groups * STRIDE - 8 if GATED else 0
+    turn = tl.arange(0, TURN)
     n = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     x += (n * stride_x)[None, :, None]
     acc = tl.zeros([TURN, HALVES * 16, ROWS], tl.float32)
-    w, s = _turn(words, scales, turn, groups, P, HALVES)
+    w, s = _turn(words, scales, turn, groups, apart, apart_s, P, HALVES)
     wait(CHAINED)
+    if NORM:
+        squares = tl.zeros([TURN, ROWS, GROUP], tl.float32)
+        for first in range(0, groups, TURN):
+            v = _piece(x, n, first + turn, S, D, groups, GROUP, EVEN).to(tl.float32)
+            squares += v * v
+        root = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / D + eps)[None, :, None]
     for first in range(0, groups, TURN):
         g = first + turn
-        next_w, next_s = _turn(words, scales, g + TURN, groups, P, HALVES)
-        at = (g * GROUP)[:, None, None] + column[None, None, :]
-        there = (n < S)[None, :, None] & (g < groups)[:, None, None]
-        if not EVEN:
-            there = there & (at < D)
-        v = _ordered(tl.load(x + at, mask=there, other=0.0), BITS)
+        next_w, next_s = _turn(words, scales, g + TURN, groups, apart, apart_s, P, HALVES)
+        v = _piece(x, n, g, S, D, groups, GROUP, EVEN)
+        if NORM:
+            at = (g * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+            weight = tl.load(norm_weight + at, mask=at < D, other=0.0).to(tl.float32)
+            v = (_rounded(v.to(tl.float32) * root, kind) * weight[:, None, :]).to(kind)
+        v = _ordered(v, BITS)
         codes = _codes(_rows_of(w, P, HALVES), BITS, DOT)
         part = v.to(DOT)
         y = tl.dot(codes, tl.permute(part, (0, 2, 1)), input_precision="ieee")
@@ -160,12 +193,19 @@ def _packed_linear_kernel(
             v = v.to(tl.float32) - part.to(tl.float32)
             part = v.to(DOT)
             y = tl.dot(codes, tl.permute(part, (0, 2, 1)), y, input_precision="ieee")
-        acc += y * s.to(tl.float32)[:, :, None]
+        acc += y * tl.reshape(s, (TURN, HALVES * 16)).to(tl.float32)[:, :, None]
         w, s = next_w, next_s
     y = tl.sum(acc, 0)  # (rows of the matrix, ROWS)
-    row = tile * 32 + half * 16 + tl.arange(0, HALVES * 16)
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, 16, ROWS)), (1, 2, 0)))
+        gate = _rounded(gate, kind)
+        y = gate * tl.sigmoid(gate) * _rounded(up, kind)
+    row = tile * 32 + half * 16 + tl.arange(0, EACH * 16)
     there = (row < F)[:, None] & (n < S)[None, :]
-    tl.store(out + n[None, :] * F + row[:, None], y.to(out.dtype.element_ty), mask=there)
+    if ADDED:
+        more = tl.load(residual + n[None, :] * stride_r + row[:, None], mask=there, other=0.0)
+        y = _rounded(y, kind) + more.to(tl.float32)
+    tl.store(out + n[None, :] * F + row[:, None], y.to(kind), mask=there)
 
 
 @triton.jit(do_not_specialize=["F", "groups"])
@@ -179,9 +219,9 @@ def _dequantize_kernel(
     tile, g = tl.program_id(0).to(tl.int64), tl.program_id(1) * TURN + tl.arange(0, TURN)
     words += tile * groups * STRIDE
     scales += tile * groups * 2 * STRIDE + 64 * P
-    w, s = _turn(words, scales, g, groups, P, 2)
+    w, s = _turn(words, scales, g, groups, 0, 0, P, 2)
     codes = _ordered(_codes(_rows_of(w, P, 2), BITS, DOT), BITS, BACK=True)
-    y = codes.to(tl.float32) * s.to(tl.float32)[:, :, None]
+    y = codes.to(tl.float32) * tl.reshape(s, (TURN, 32)).to(tl.float32)[:, :, None]
     row = tile * 32 + tl.arange(0, 32)
     column = g[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     there = (row < F)[None, :, None] & (column < D)
@@ -220,6 +260,31 @@ def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     return _thin(x, tiles, rows, columns, scheme.bits, scheme.group)
 
 
+def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, packed: Packed) -> Tensor:
+    """As `hymba.ops.packed.packed_norm_linear`."""
+    if len(x) > MOST_ROWS:
+        return packed_linear(rms_norm(x, norm_weight, eps), packed)
+    tiles, rows, columns, scheme = packed
+    return _thin(x, tiles, rows, columns, scheme.bits, scheme.group, norm_weight, eps)
+
+
+def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Packed) -> Tensor:
+    """As `hymba.ops.packed.packed_norm_swiglu`."""
+    if len(x) > MOST_ROWS:
+        return swiglu(*packed_norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1))
+    tiles, rows, columns, scheme = gate_up
+    how = scheme.bits, scheme.group
+    return _thin(x, tiles, rows // 2, columns, *how, norm_weight, eps, gated=True)
+
+
+def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
+    """As `hymba.ops.packed.packed_linear_add`."""
+    if len(x) > MOST_ROWS:
+        return residual + packed_linear(x, packed)
+    tiles, rows, columns, scheme = packed
+    return _thin(x, tiles, rows, columns, scheme.bits, scheme.group, residual=residual)
+
+
 def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `hymba.ops.packed.packed_rows`."""
     tiles, _, columns, scheme = packed
@@ -238,8 +303,38 @@ def cut_of(rows: int, groups: int, group: int) -> Cut:
     return cut._replace(columns=turn * group, warps=min(cut.warps, max(1, turn)))
 
 
+def _thin(
+    x: Tensor,
+    tiles: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    return _operator(
+        x, tiles, rows, columns, bits, group, norm_weight, eps, residual, gated
+    )  # fmt: skip
+
+
 @operator("packed_linear")
-def _thin(x: Tensor, tiles: Tensor, rows: int, columns: int, bits: int, group: int) -> Tensor:
+def _operator(
+    x: Tensor,
+    tiles: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group: int,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """x (N, columns) -> (N, rows): residual + F.linear(rms_norm(x), matrix), both if given; or, of
+    two matrices of so many rows one behind the other, the first through swiglu with the second."""
     x, count = dense_last(x), len(x)
     out = x.new_empty(count, rows)
     if out.numel():
@@ -248,19 +343,24 @@ def _thin(x: Tensor, tiles: Tensor, rows: int, columns: int, bits: int, group: i
         parts = 1
         if x.is_cuda and x.dtype != torch.bfloat16:
             parts, dot = 3 if x.dtype == torch.float32 else 2, tl.bfloat16
-        block = 1 if count == 1 else BLOCK
+        block, count_tiles = 1 if count == 1 else BLOCK, cdiv(rows, TILE)
+        residual = None if residual is None else dense_last(residual)
         launch(
-            _packed_linear_kernel, (len(tiles) * 2 // cut.halves, cdiv(count, block)),
-            x, *words, out, count, rows, columns, groups, x.stride(0), BITS=bits, GROUP=group,
-            TURN=cut.columns // group, HALVES=cut.halves, ROWS=block, EVEN=columns % group == 0,
-            PARTS=parts, DOT=dot, CHAINED=TILING.chain and chains(x), num_warps=cut.warps,
-            maxnreg=cut.registers,
+            _packed_linear_kernel,
+            (count_tiles * (2 if gated else 2 // cut.halves), cdiv(count, block)),
+            x, *words, x if norm_weight is None else norm_weight.contiguous(),
+            x if residual is None else residual, out, count, rows, columns, groups, count_tiles,
+            eps, x.stride(0), 0 if residual is None else residual.stride(0), BITS=bits,
+            GROUP=group, TURN=cut.columns // group, HALVES=2 if gated else cut.halves, ROWS=block,
+            EVEN=columns % group == 0, PARTS=parts, DOT=dot, NORM=norm_weight is not None,
+            GATED=gated, ADDED=residual is not None, CHAINED=TILING.chain and chains(x),
+            num_warps=cut.warps, maxnreg=cut.registers,
         )  # fmt: skip
     return out
 
 
-@_thin.register_fake
-def _(x: Tensor, tiles: Tensor, rows: int, columns: int, bits: int, group: int) -> Tensor:
+@_operator.register_fake
+def _(x: Tensor, tiles: Tensor, rows: int, *_: Any) -> Tensor:
     return x.new_empty(len(x), rows)
 
 

@@ -23,6 +23,7 @@ LARGE = [(10000, 1600), (1600, 3200), (1600, 5504), (32001, 1600), (132, 3200), 
 ALL = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
 SIZES = pytest.mark.parametrize("sizes", [*SMALL, *LARGE], ids=str)
 # A float32 sum; and the result's own rounding (the interpreter cuts bfloat16 off).
+EPS = 1e-6
 ALLOWED = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -121,6 +122,37 @@ def test_the_door(scheme: Scheme, device: str) -> None:
     assert (off < 2e-2 * want.norm(dim=1)).all()  # a CPU's kernels round activations
     ops.packed_linear(x.requires_grad_(), packed).sum().backward()
     assert torch.allclose(x.grad.double(), dequantize(packed, torch.float64).sum(0), rtol=1e-4)
+
+
+@ALL
+@pytest.mark.parametrize("sizes", [(64, 100), (128, 160), (11008, 1600)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 5, MOST_ROWS + 1])
+def test_products_with_their_neighbours(
+    count: int, dtype: torch.dtype, sizes: tuple[int, int], scheme: Scheme, device: str
+) -> None:
+    """The plain forms' numbers, of which the matrix is exact and all else rounds at one place."""
+    if device == "cpu" and sizes[0] > 1000:
+        pytest.skip("too large for the interpreter")
+    held, (rows, columns) = matrix(sizes, scheme, device), sizes
+    held.tiles.view(torch.float16).view(len(held.tiles), scheme.groups(columns), -1)[..., -32:] /= (
+        columns**0.5 * scheme.most
+    )  # else swiglu is a step
+    x = activations(count, columns, dtype, device)
+    weight = activations(1, columns, dtype, device)[0]
+    residual = activations(count, rows + 1, dtype, device)[:, 1:]
+    calls = {
+        "packed_norm_linear": lambda x, w, r: (x, w, EPS, held),
+        "packed_norm_swiglu": lambda x, w, r: (x, w, EPS, held),
+        "packed_linear_add": lambda x, w, r: (x, held, r),
+    }
+    for name, args in calls.items():
+        got = getattr(packed_triton, name)(*args(x, weight, residual))
+        want = getattr(plain, name)(*args(x.double(), weight.double(), residual.double()))
+        allowed = 4e-6 if dtype == torch.float32 else 1.2e-2 if device == "cuda" else 3e-2
+        assert got.dtype == dtype and got.shape == want.shape and torch.isfinite(got).all(), name
+        assert (got.double() - want).norm() <= allowed * want.norm(), name
+        assert torch.equal(getattr(packed_triton, name)(*args(x, weight, residual)), got), name
 
 
 @pytest.mark.gpu
