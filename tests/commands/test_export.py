@@ -61,6 +61,28 @@ def test_few_bits_are_told(run: Callable[..., Ran], tmp_path: Path) -> None:
     assert (told["weights"], told["chunk"]) == (["int8"], 16)
 
 
+def test_a_quantised_folder_keeps_its_codes(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    """The same folder, whether the model was rounded before or on the way."""
+    assert cli.main(["quantize", str(folder), str(tmp_path / "int4"), "--threads", "1"]) == 0
+    assert run(model=tmp_path / "int4").code == 0
+    assert run("--quantize", "int4", out=tmp_path / "other").code == 0
+    for name in ("weights.bin", "model.onnx", "start.onnx", "hymba.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_activations_are_chosen(run: Callable[..., Ran], tmp_path: Path) -> None:
+    import onnx
+
+    for chosen, level in (("int8", 4), ("float32", 1)):
+        assert run("--quantize", "int4", "--activations", chosen, "--force").code == 0
+        graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+        nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+        levels = {item.i for n in nodes for item in n.attribute if item.name == "accuracy_level"}
+        assert levels == {level}
+
+
 def test_a_folder_is_replaced_only_when_asked(run: Callable[..., Ran], tmp_path: Path) -> None:
     assert run().code == 0
     fails(run(), "--force writes it anew")
