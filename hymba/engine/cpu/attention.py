@@ -10,7 +10,7 @@ them, and the result does not depend on who did what, nor on the rows beside. Ke
 time meet a head's query; where they are bfloat16, or their width is no multiple of 16, or there are
 fewer than 16, they are first copied, wide and padded with zeros.
 
-Part of a head group, float32: largest (r) | sums (r) | values (r, e padded).
+Part of a head group, float32: largest (r) | sums (r) | to a whole line | values (r, e padded).
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from hymba.ops.cpu.simd import (
 )
 
 KEYS = 16  # at once
+AHEAD = 4  # how many times 16 rows further memory is asked for
 SCORES = 4 * BLOCK  # bytes, of a head and a block
 MOST_PARTS = 64  # of a row's text, and as many blocks in each as that takes
 NONE = np.float32(-3e38)  # a score below all others
@@ -186,12 +187,19 @@ def _write(source: int, target: int, count: int, size: int) -> None:
 
 
 @kernel
+def values_at(heads: int) -> int:
+    """Where a part's values begin."""
+    return (8 * heads + 63) // 64 * 64
+
+
+@kernel
 def _begin(part: int, heads: int, padded: int) -> None:
     for head in range(heads):
         write_f32(part + 4 * head, NONE)
         write_f32(part + 4 * (heads + head), ZERO)
-    for at in range(8 * heads, 8 * heads + 4 * heads * padded, 64):
-        store(part + at, splat(ZERO))
+    first = part + values_at(heads)
+    for at in range(first, first + 4 * heads * padded, 64):
+        store(at, splat(ZERO))
 
 
 @kernel
@@ -253,7 +261,7 @@ def _soften(attention: Any, scores: int, count: int, part: int, head: int) -> No
     old = part + 4 * (heads + head)
     write_f32(old, read_f32(old) * _lane(fade) + total(sums))
     if before > NONE:
-        values = part + 8 * heads + 4 * head * padded
+        values = part + values_at(heads) + 4 * head * padded
         for at in range(0, 4 * padded, 64):
             store(values + at, mul(load(values + at), fade))
 
@@ -274,7 +282,7 @@ def _weigh(
         _ask_for(keys, rows, keys.v_place, attention.e)
         rows, stride = _wide(keys, rows, keys.v_place, count - first, attention.e, padded, tile)
         for head in range(heads):
-            out = part + 8 * heads + 4 * head * padded
+            out = part + values_at(heads) + 4 * head * padded
             shares = scores + SCORES * head + 4 * first
             c = 0
             while c + 64 <= padded:
@@ -287,9 +295,10 @@ def _weigh(
 
 @kernel
 def _ask_for(keys: Any, rows: int, stride: int, width: int) -> None:
-    """The 16 rows after the next 16, where rows lie one behind the other."""
-    if stride == keys.bytes * width:
-        for line in range(2 * KEYS * stride, 3 * KEYS * stride, 64):
+    """Rows that come later, where they lie one behind the other and are not copied: copying goes
+    through them in a way that the CPU foresees by itself."""
+    if keys.bytes == 4 and stride == 4 * width:
+        for line in range(AHEAD * KEYS * stride, (AHEAD + 1) * KEYS * stride, 64):
             prefetch(rows + line)
 
 
@@ -334,6 +343,6 @@ def join(attention: Any, group: int, parts: int, stride: int, count: int, out: i
             for p in range(count):
                 part = parts + p * stride
                 fade = exp(splat(read_f32(part + 4 * head) - top))
-                value = load(part + 8 * heads + 4 * (head * padded + c))
+                value = load(part + values_at(heads) + 4 * (head * padded + c))
                 sums = fma(value, fade, sums)
             store_first(target + 4 * c, mul(sums, splat(np.float32(1) / whole)), width - c)

@@ -284,7 +284,7 @@ class Program:
         values = max(16, int(attention["e_padded"].max()))
         tokens = self.store.table.shape[1] * BLOCK
         parts = min(MOST_PARTS, tokens // BLOCK) + -(-config.meta_tokens // BLOCK)
-        record["part_bytes"] = _up(8 * heads + 4 * heads * values, 64)
+        record["part_bytes"] = _up(8 * heads, 64) + 4 * heads * values
         count = ROWS * config.num_kv_heads * parts if attention["on"].any() else 0
         record["parts"] = self._room(count * int(record["part_bytes"]))
         keys = max(16, int(attention["h_padded"].max()))
