@@ -2,7 +2,8 @@
 """What few bits cost: bits per byte and recall of trained models, by scheme and by kind of weight.
 
     python -m bench.quality                              # writes results/quality-<machine>.json
-    python -m bench.quality --only kinds --models hymba  # a part of it; --table prints the file
+    python -m bench.quality --only kinds --models hymba  # a part of it, the rest of the file stays
+    python -m bench.quality --table --document docs/quantisation.md     # the file, into the page
 
     schemes   whole models: rounded to nearest, calibrated, and with inputs in 8 bits
     kinds     one kind of weight rounded, all else as trained: what has to stay
@@ -70,6 +71,7 @@ KINDS = {
     "D": (".D",),
     "meta tokens": ("meta_tokens.weight",),
 }
+MARKS = ("<!-- from results/, by bench/quality.py -->", "<!-- end of the tables -->")
 Change = Callable[[Cache], None]
 
 
@@ -196,14 +198,12 @@ class Nats(NamedTuple):
 class Reader:
     """A language model and its held-out rows."""
 
-    name: str
+    folder: Path
     count: int
     length: int
     calibration: tuple[int, int]  # rows, tokens
-    folder: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        self.folder = ROOT / "results" / "lab-models" / self.name
         self.tokenizer = Tokenizer.from_folder(self.folder)
         self.subject = Ours(self.model(), self.tokenizer)
         self.rows, _ = cut_rows(self.subject, documents(), self.length, self.count, seed=0)
@@ -364,6 +364,15 @@ def processor() -> str:
 
 def tables(report: dict[str, Any]) -> Iterator[str]:
     """Markdown, as docs/quantisation.md has it."""
+    if text := report.get("text"):
+        size = sum(text["bytes"].values()) / len(text["bytes"]) / 1000
+        yield (
+            f"{report['device']}, torch {report['torch']}, {report['date']}: {text['rows']} rows of"
+            f" {text['length']} tokens, {size:.0f} kB, calibrated with"
+            f" {report['calibration']['rows']} rows of {report['calibration']['length']}. Bits a"
+            " byte more than as trained, in brackets the standard error."
+        )
+        yield ""
     if found := report.get("schemes"):
         names = list(next(iter(found.values())))
         yield row("", *found)
@@ -427,7 +436,14 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
         report |= {"benchmark": "quality", **facts(Device("cpu"))}
         measure(options, report)
-    print("\n".join(tables(report)))
+    text = "\n".join(tables(report)).strip()
+    print(text)
+    if options.document:
+        page = options.document.read_text(encoding="utf-8")
+        before, rest = page.split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        page = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
+        options.document.write_text(page, encoding="utf-8")
 
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -440,10 +456,12 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
             write_json(options.out, report, indent=1)
 
     if set(options.only) - {"recall"}:
-        report["text"] = {"rows": options.rows, "length": options.length, "bytes": {}}
+        sizes = report.get("text", {}).get("bytes", {})
+        report["text"] = {"rows": options.rows, "length": options.length, "bytes": sizes}
         report["calibration"] = {"rows": options.calibration[0], "length": options.calibration[1]}
         for name in options.models:
-            reader = Reader(name, options.rows, options.length, tuple(options.calibration))
+            folder = options.lab_models / name
+            reader = Reader(folder, options.rows, options.length, tuple(options.calibration))
             report["text"]["bytes"][name] = reader.size
             keep("schemes", name, lambda r=reader: schemes_of_text(r))  # type: ignore[misc]
             keep("kinds", name, lambda r=reader: kinds_of_text(r))  # type: ignore[misc]
@@ -463,8 +481,10 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, nargs=2, default=[128, 512], metavar="N",
                         help="rows and their tokens (128 512)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lab-models", type=Path, default=ROOT / "results" / "lab-models")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
-    parser.add_argument("--table", action="store_true", help="print what the file holds")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the file")
+    parser.add_argument("--document", type=Path, help="a page whose tables are replaced")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "results" / f"quality-{processor()}.json"
     )
