@@ -40,6 +40,27 @@ def test_every_plan_in_chunks_and_steps(
     assert at == len(ids)
 
 
+@pytest.mark.parametrize(
+    ("changes", "chunk"),
+    [
+        ({"mlp_activation": "relu2"}, 8),
+        ({"ssm_conv": 1, "ssm_conv_bias": False}, 8),
+        ({"ssm_state": 1, "num_kv_heads": 1}, 3),
+        ({}, 1),
+    ],
+)
+def test_other_sizes(
+    changes: dict, chunk: int, tiny: Callable[[str], Config], lively: Lively, exported: Exported,
+    text: Callable,
+) -> None:  # fmt: skip
+    """No gate, one tap, one state; a chunk shorter than the window, and steps alone."""
+    model, ids = lively(tiny("hymba").replace(**changes)), text(30).tolist()
+    session, ours = exported(model, chunk=chunk), logits_of(model, ids)
+    for at in range(0, 30, 10):
+        theirs = session.feed(ids[at : at + 10])
+        assert np.abs(theirs - ours[at + 9]).max() <= 1e-4 * ours.std()
+
+
 @pytest.mark.parametrize("plan", ["hymba", "samba", "llama-compressed-meta"])
 def test_greedy_tokens_over_hundreds(
     plan: str, tiny: Callable[[str], Config], lively: Lively, exported: Exported, text: Callable
