@@ -27,7 +27,7 @@ from hymba.model.accounting import step_bytes
 from hymba.model.decoder import LanguageModel
 from hymba.weights import load, save
 
-SCHEMES = ("bf16", "int8", "int4")
+PROMPT = 512  # tokens, of the first prompt
 
 
 def folder_of(preset: str, scheme: str, cache: Path) -> Path:
@@ -99,6 +99,9 @@ class Ours(Side):
         self.model = load(self.folder)
         self.engines: dict[int, LLM] = {}
         self.prompts: dict[int, list[int]] = {}
+        self.fill(0)  # compiles what is compiled when it is first used, or loads it
+        self.prefill(PROMPT)
+        self.engines.clear()
 
     def engine_name(self) -> str:
         return f"hymba {__version__}, torch {torch.__version__}"
