@@ -44,7 +44,9 @@ from hymba.ops.swiglu_triton import swiglu
 
 MOST_ROWS = 32
 PROCESSORS = 132  # of an H100 or H200
-BLOCK = 8  # rows of activations that a program takes, the narrowest of a matrix instruction
+# Rows of activations that a program takes, the narrowest of a matrix instruction. Also for one row,
+# which then is what it is beside others: one row's own program gave wrong sums on an H200.
+BLOCK = 8
 
 
 class Cut(NamedTuple):
@@ -60,7 +62,7 @@ class Tiling(NamedTuple):
     """How the work is cut; module-wide so that a benchmark can try others."""
 
     many: Cut = Cut(2, 512, 4)  # tiles for all processors
-    few: Cut = Cut(1, 2048, 16, 128)
+    few: Cut = Cut(1, 2048, 8)
     chain: bool = True  # starts while the kernel before it ends
 
 
@@ -343,15 +345,15 @@ def _operator(
         parts = 1
         if x.is_cuda and x.dtype != torch.bfloat16:
             parts, dot = 3 if x.dtype == torch.float32 else 2, tl.bfloat16
-        block, count_tiles = 1 if count == 1 else BLOCK, cdiv(rows, TILE)
+        count_tiles = cdiv(rows, TILE)
         residual = None if residual is None else dense_last(residual)
         launch(
             _packed_linear_kernel,
-            (count_tiles * (2 if gated else 2 // cut.halves), cdiv(count, block)),
+            (count_tiles * (2 if gated else 2 // cut.halves), cdiv(count, BLOCK)),
             x, *words, x if norm_weight is None else norm_weight.contiguous(),
             x if residual is None else residual, out, count, rows, columns, groups, count_tiles,
             eps, x.stride(0), 0 if residual is None else residual.stride(0), BITS=bits,
-            GROUP=group, TURN=cut.columns // group, HALVES=2 if gated else cut.halves, ROWS=block,
+            GROUP=group, TURN=cut.columns // group, HALVES=2 if gated else cut.halves, ROWS=BLOCK,
             EVEN=columns % group == 0, PARTS=parts, DOT=dot, NORM=norm_weight is not None,
             GATED=gated, ADDED=residual is not None, CHAINED=TILING.chain and chains(x),
             num_warps=cut.warps, maxnreg=cut.registers,

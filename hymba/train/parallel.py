@@ -146,18 +146,13 @@ def spread(model: LanguageModel, world: World, copies: int = 1) -> LanguageModel
 
 
 def exchange(model: LanguageModel, world: World, last: bool) -> None:
-    """What processes say to each other in the next micro-batch. All but the step's last one leave
-    weights and gradients whole on every process: weights for the next one to use, gradients for it
-    to add to. After the last each has its shares again, with all processes' gradients in them."""
+    """Whether the next backward gives gradients to the processes whose shares they are, or keeps
+    them, whole, to be added to: once a step is enough, whatever the number of its micro-batches."""
     if world.joined:
         from torch.distributed.fsdp import FSDPModule
 
         assert isinstance(model, FSDPModule)  # `spread` has made it one
         model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
-        for block in model.decoder.layers:  # the rest is whole from forward to backward anyway
-            assert isinstance(block, FSDPModule)
-            block.set_reshard_after_forward(last)
 
 
 def share(parameter: Tensor) -> Tensor:
