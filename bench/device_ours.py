@@ -23,7 +23,7 @@ from hymba import __version__
 from hymba.commands import choose_threads
 from hymba.config import Config
 from hymba.engine import LLM, Limits, Sampling
-from hymba.model.accounting import step_bytes
+from hymba.model.accounting import cache_bytes, step_bytes
 from hymba.model.decoder import LanguageModel
 from hymba.weights import load, save
 
@@ -124,15 +124,18 @@ class Ours(Side):
 
     def fill(self, depth: int, mode: str = "") -> dict[str, Any]:
         room = max(1, depth) + self.room + 2
-        self.engines[depth] = LLM(self.model, limits=Limits(max_sequences=1, max_tokens=room))
+        one = cache_bytes(self.config, room, kv_bytes=4)["total"]  # the only beginning to be kept
+        limits = Limits(max_sequences=1, max_tokens=room, prefix_bytes=one)
+        self.engines[depth] = LLM(self.model, limits=limits)
         self.prompts[depth] = self.prompt(max(1, depth))
         seconds = self._begin(depth, 2, logprobs=0)
         self._end(depth)
         return {"seconds": seconds, "memory": resident()}
 
     def decode(self, depth: int, mode: str, tokens: int) -> float:
-        """The prompt is not computed again, but for its last token."""
-        self._begin(depth, tokens + 1)
+        """The prompt is not computed again, but for its last token. Nobody says the last of the
+        tokens asked for: an answer that ends is kept as a beginning, too."""
+        self._begin(depth, tokens + 2)
         engine = self._engine(depth)
         begin = time.perf_counter()
         said = sum(len(delta.tokens) for _ in range(tokens) for delta in engine.step())
@@ -144,7 +147,7 @@ class Ours(Side):
         return seconds
 
     def prefill(self, tokens: int) -> float:
-        seconds = self._begin(0, 1, self.prompt(tokens))
+        seconds = self._begin(0, 2, self.prompt(tokens))
         self._end(0)
         return seconds
 
