@@ -27,12 +27,12 @@ from hymba.engine.cpu.vectors import (
 from hymba.ops.cpu.compiled import kernel, pointer
 from hymba.ops.cpu.simd import add, fma, load, read_f32, splat, store, total, write_f32
 from hymba.ops.cpu.team import claim, finish, guided, guided_count, wait
-from hymba.ops.cpu.tiles import _quantise_group, kernels
+from hymba.ops.cpu.tiles import group_quantiser, kernels
 
 TILE = 32
 LEAST = 64 << 10  # bytes of weights in a piece
 ZERO = np.float32(0)
-_quantise4, _quantise8 = _quantise_group(4, 32), _quantise_group(8, 64)
+_quantise4, _quantise8 = group_quantiser(4, 32), group_quantiser(8, 64)
 
 
 # ---- activations ---------------------------------------------------------------------------

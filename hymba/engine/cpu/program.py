@@ -33,7 +33,7 @@ from hymba.model.packed import PackedEmbedding, PackedLinear, schemes_of
 from hymba.model.ssm import SSM, is_plain
 from hymba.ops.cpu.simd import unsupported
 from hymba.ops.cpu.team import Team, address, aligned, team
-from hymba.ops.cpu.tiles import _exact_asked
+from hymba.ops.cpu.tiles import exact_asked
 from hymba.ops.packed import TILE
 
 KV_BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -89,7 +89,7 @@ class Program:
         """exact: activations stay float32, as HYMBA_EXACT=1 asks for everywhere. by: other threads
         than the process's own."""
         self.model, self.store = model, store
-        self.exact = _exact_asked() if exact is None else exact
+        self.exact = exact_asked() if exact is None else exact
         self._team = by
         self._kept: list[Any] = []  # what addresses point to
         self.rows = np.zeros(ROWS, ROW)

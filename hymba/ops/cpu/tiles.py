@@ -78,7 +78,7 @@ TINY = 1e-36  # a group whose numbers are all smaller is zero: 127 / it would be
 # ---- one group of columns, as IR -----------------------------------------------------------
 
 
-def _quantise_group(bits: int, group: int) -> Any:
+def group_quantiser(bits: int, group: int) -> Any:
     """One group of x -> int8, its scale, and where sums begin."""
     zero = 1 << bits - 1
 
@@ -234,7 +234,7 @@ def kernels(bits: int, group: int, exact: bool = False) -> Kernels:
     if group % 16 or bits not in (4, 8):
         raise ValueError(f"no kernel for {bits} bits in groups of {group}")
     tile_bytes = 4 * group * bits + 2 * TILE
-    quantise_group = _quantise_group(bits, group)
+    quantise_group = group_quantiser(bits, group)
 
     @kernel
     def quantise(x: int, groups: int, to: int) -> None:
@@ -433,7 +433,7 @@ def packed_linear(x: Tensor, packed: Packed, exact: bool | None = None) -> Tenso
     tiles, rows, columns, scheme = packed
     if x.shape[1] != columns:
         raise ValueError(f"packed_linear: x has {x.shape[1]} columns where {columns} are needed")
-    exact = _exact_asked() if exact is None else exact
+    exact = exact_asked() if exact is None else exact
     groups, count = scheme.groups(columns), len(x)
     wide = x.detach().float() if x.dtype != torch.float32 else x
     if columns % scheme.group:
@@ -458,7 +458,7 @@ def packed_linear(x: Tensor, packed: Packed, exact: bool | None = None) -> Tenso
 
 
 @cache
-def _exact_asked() -> bool:
+def exact_asked() -> bool:
     return os.environ.get("HYMBA_EXACT", "0") not in ("", "0")
 
 

@@ -43,9 +43,9 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("HYMBA_BACKEND", raising=False)
     monkeypatch.setenv("HYMBA_EXACT", "1")
     forget()
-    tiles._exact_asked.cache_clear()
+    tiles.exact_asked.cache_clear()
     yield
-    tiles._exact_asked.cache_clear()
+    tiles.exact_asked.cache_clear()
 
 
 def asks() -> list[Ask]:
