@@ -133,9 +133,8 @@ def _low(model: Any, ssm: Any, low: int, scratch: int, padded: int) -> None:
     """A row of what x_proj gave, its parts added up; its three norms, dt's ready for dt_proj."""
     rank, states = ssm.rank, ssm.states
     size, parts = rank + 2 * states, conv_pieces(ssm)
-    whole = scratch + 8 * padded  # where B and C will be, and more: dt comes first
-    B = whole
-    whole += 8 * ssm.states_padded
+    B = scratch + 8 * padded
+    whole = B + 8 * ssm.states_padded  # for now: where the next row begins, or behind the last
     for c in range(0, 4 * size, 64):
         sums = load(low + c)
         for part in range(1, parts):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hymba.cache import held
 from hymba.config import KV_BLOCK, Config
@@ -112,7 +112,3 @@ def off(got: Tensor, want: Tensor) -> float:
     assert torch.equal(got.isnan(), want.isnan())
     got, want = (x.nan_to_num(0).double() for x in (got, want))
     return float((got - want).norm() / want.norm().clamp(min=1e-9))
-
-
-def linears(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
