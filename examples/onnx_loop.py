@@ -37,6 +37,7 @@ logits = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, told["vocabulary"]), np.f
 binding = model.io_binding()
 binding.bind_ortvalue_output("logits", logits)
 before = start.run_with_ort_values(None, {"room": room})
+del start  # its zeros are not needed any more
 for name, value in zip(told["cache"], before, strict=True):
     binding.bind_ortvalue_input(f"past.{name}", value)
     binding.bind_ortvalue_output(f"present.{name}", value)

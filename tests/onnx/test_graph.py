@@ -288,3 +288,14 @@ def test_folders_that_are_not_ours_stay(
     export(model, tmp_path / "empty", Choices(chunk=5), force=True)
     assert json.loads((tmp_path / "empty" / "hymba.json").read_text())["chunk"] == 5
     assert Session(tmp_path / "empty", 4, 1).feed([1, 2]).shape == (61,)
+
+
+@pytest.mark.parametrize("plan", ["hymba", "windows", "mamba", "mamba-meta"])
+def test_every_sequence_begins_anew(
+    plan: str, tiny: Callable[[str], Config], lively: Lively, exported: Exported, text: Callable
+) -> None:
+    """What is written into one sequence's cache is not in what the next one starts from."""
+    session, ids = exported(lively(tiny(plan))), text(20).tolist()
+    first = session.feed(ids)
+    session.reset()
+    np.testing.assert_array_equal(session.feed(ids), first)
