@@ -301,7 +301,8 @@ class Pupil:
     def _train(self, place: Path) -> None:
         length, variant = self.size.recall.sequence_length, VARIANTS[self.name]
         config = variant.config(self.size.recall_shape, tasks.vocab_size(self.task, length))
-        how = settings(place / "training", self.size.recall, 0, "float32", variant.normalize, 0)
+        run, held_out = self.size.recall, self.size.held_out_tokens
+        how = settings(place / "training", run, 0, "float32", variant.normalize, held_out)
         rows = recall.rows(self.task, self.size, 0)
         model = new_model(config, 0, Device("cpu"), variant.dt)
         trained = train(model, how, rows, None, None, lambda line: print("  ", line, flush=True))
