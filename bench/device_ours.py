@@ -27,7 +27,7 @@ from hymba.model.accounting import cache_bytes, step_bytes
 from hymba.model.decoder import LanguageModel
 from hymba.weights import load, save
 
-PROMPT = 512  # tokens, of the first prompt
+WARM_UP = 600  # tokens of the first prompt: more than the engine computes in one step
 
 
 def folder_of(preset: str, scheme: str, cache: Path) -> Path:
@@ -99,8 +99,7 @@ class Ours(Side):
         self.model = load(self.folder)
         self.engines: dict[int, LLM] = {}
         self.prompts: dict[int, list[int]] = {}
-        self.fill(0)  # compiles what is compiled when it is first used, or loads it
-        self.prefill(PROMPT)
+        self.fill(WARM_UP)  # compiles what is compiled when it is first used, or loads it
         self.engines.clear()
 
     def engine_name(self) -> str:
