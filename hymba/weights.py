@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hymba.config import Config
 from hymba.errors import UserError
@@ -116,7 +117,7 @@ def load(
     target = usable_device(device, kind or torch.float32)
     folder = find(model)
     config = Config.from_folder(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         empty = LanguageModel(config)
     schemes = _schemes(folder, config, scheme)
     strange = schemes.keys() - plan(empty, SCHEMES["int8"]).keys()
@@ -147,6 +148,18 @@ def load(
         empty.lm_head.weight = empty.decoder.embed_tokens.weight
     empty.folder = folder
     return empty.eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Modules are made without first values, which a file replaces: on the meta device torch would
+    import its compiler for them, 150 MB."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 def save(
