@@ -126,7 +126,7 @@ def modules() -> Iterator[str]:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         outer = ("hymba.commands", "hymba.server", "hymba.__main__", "hymba.finetune")
         outer += ("hymba.eval.harness", "hymba.eval.run", "hymba.export")
-        kernels = "_triton" in name or ".cpu." in name  # imported where there is a compiler for them
+        kernels = "_triton" in name or ".cpu." in name  # where there is a compiler
         if not name.startswith(outer) and not kernels:
             yield name
 
