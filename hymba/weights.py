@@ -128,10 +128,11 @@ def load(
     make_room(empty, schemes, config.tie_embeddings)
     if schemes and kind is None and target.type == "cpu":
         kind = torch.float32
+    wanted = _shapes(empty, config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _read(folder, target, kind):
         if progress is not None and scheme is not None:
-            progress("quantising", len(tensors), len(_shapes(empty, config)))
+            progress("quantising", len(tensors), len(wanted))
         module, _, last = to_ours(name).rpartition(".")
         if last == "weight" and module in schemes:
             tensors[f"{module}.tiles"] = packed_tiles(name, tensor, schemes[module])
@@ -139,7 +140,6 @@ def load(
             tensors[to_ours(name)] = tensor
     if config.tie_embeddings:
         _drop_tied_head(tensors, folder)
-    wanted = _shapes(empty, config)
     _compare(wanted, {name: tuple(x.shape) for name, x in tensors.items()}, folder)
     empty.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_embeddings and schemes:
