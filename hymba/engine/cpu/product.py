@@ -18,14 +18,13 @@ from hymba.engine.cpu.vectors import (
     add_products,
     add_products_first,
     call_meet,
-    load_first,
     no_sums,
     read_f16,
     read_u8,
     totals,
 )
 from hymba.ops.cpu.compiled import kernel, pointer
-from hymba.ops.cpu.simd import add, fma, load, read_f32, splat, store, total, write_f32
+from hymba.ops.cpu.simd import add, fma, load, load_first, read_f32, splat, store, total, write_f32
 from hymba.ops.cpu.team import claim, finish, guided, guided_count, wait
 from hymba.ops.cpu.tiles import group_quantiser, kernels
 

@@ -16,9 +16,20 @@ import numpy as np
 
 from hymba.engine.cpu.layout import CONCAT, MEAN, SPAN
 from hymba.engine.cpu.product import look_up, make_ready
-from hymba.engine.cpu.vectors import choose, load_first, row_at
+from hymba.engine.cpu.vectors import choose, row_at
 from hymba.ops.cpu.compiled import kernel
-from hymba.ops.cpu.simd import add, fma, load, mul, read_f32, splat, store, total, write_f32
+from hymba.ops.cpu.simd import (
+    add,
+    fma,
+    load,
+    load_first,
+    mul,
+    read_f32,
+    splat,
+    store,
+    total,
+    write_f32,
+)
 from hymba.ops.cpu.team import claim, finish, wait
 
 ROW_BYTES = 24

@@ -19,19 +19,20 @@ import numpy as np
 from hymba.engine.cpu.layout import SPAN
 from hymba.engine.cpu.product import TILE, make_ready, multiply, multiply_columns
 from hymba.engine.cpu.rows import row, scale_of
-from hymba.engine.cpu.vectors import load_first, store_first
 from hymba.ops.cpu.compiled import kernel
 from hymba.ops.cpu.simd import (
     add,
     exp,
     fma,
     load,
+    load_first,
     mul,
     read_f32,
     silu,
     softplus,
     splat,
     store,
+    store_first,
     total,
     write_f32,
 )

@@ -37,33 +37,12 @@ Block = types.UniTuple(Floats, LANES)  # 16 vectors
 # ---- the first lanes of a vector -----------------------------------------------------------
 
 
-def _first(b: Builder, count: Value) -> Value:
-    """A mask of the lanes below `count`, which may be any number."""
-    lanes = ir.Constant(I32x16, list(range(LANES)))
-    return b.icmp_signed("<", lanes, simd.ir_splat(b, b.trunc(count, I32), I32x16))
-
-
-def _load_first(b: Builder, address: Value, count: Value, kind: Any, name: str) -> Value:
-    pointer, align = b.inttoptr(address, kind.as_pointer()), I32(4 if kind is F32x16 else 2)
-    name, zeros = f"llvm.masked.load.{name}.p0", ir.Constant(kind, None)
-    return simd.ir_call(b, name, kind, pointer, align, _first(b, count), zeros)
-
-
-@operation(Floats, i64, i64)
-def load_first(b: Builder, address: Value, count: Value) -> Value:
-    """`count` float32, then zeros; nothing else is read."""
-    return _load_first(b, address, count, F32x16, "v16f32")
-
-
-@operation(none, i64, Floats, i64)
-def store_first(b: Builder, address: Value, x: Value, count: Value) -> None:
-    pointer, mask = b.inttoptr(address, F32x16.as_pointer()), _first(b, count)
-    simd.ir_call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), x, pointer, I32(4), mask)
-
-
 @operation(Floats, i64, i64)
 def load_first_bf16(b: Builder, address: Value, count: Value) -> Value:
-    x = _load_first(b, address, count, I16x16, "v16i16")
+    """As simd's `load_first`, of bfloat16."""
+    pointer, zeros = b.inttoptr(address, I16x16.as_pointer()), ir.Constant(I16x16, None)
+    args = pointer, I32(2), simd.ir_first(b, count), zeros
+    x = simd.ir_call(b, "llvm.masked.load.v16i16.p0", I16x16, *args)
     x = b.shl(b.zext(x, I32x16), simd.ir_constant(I32x16, 16))
     return b.bitcast(x, F32x16)
 
@@ -71,7 +50,7 @@ def load_first_bf16(b: Builder, address: Value, count: Value) -> Value:
 @operation(Floats, Floats, Floats, i64)
 def choose(b: Builder, x: Value, y: Value, count: Value) -> Value:
     """The first lanes of x, the others of y."""
-    return b.select(_first(b, count), x, y)
+    return b.select(simd.ir_first(b, count), x, y)
 
 
 # ---- blocks --------------------------------------------------------------------------------
@@ -108,7 +87,7 @@ def add_products_first(
     """The same with the first `count` columns of each row."""
     rows = []
     for _ in range(LANES):
-        rows.append(_load_first(b, address, count, F32x16, "v16f32"))
+        rows.append(simd.ir_load_first(b, address, count))
         address = b.add(address, stride)
     return _add_products(b, sums, x, rows)
 

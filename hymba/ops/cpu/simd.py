@@ -293,11 +293,15 @@ def ir_first(b: Builder, count: Value) -> Value:
     return b.icmp_signed("<", lanes, ir_splat(b, b.trunc(count, I32), I32x16))
 
 
+def ir_load_first(b: Builder, address: Value, count: Value) -> Value:
+    args = ir_pointer(b, address, F32x16), I32(4), ir_first(b, count), ir_constant(F32x16, 0.0)
+    return ir_call(b, "llvm.masked.load.v16f32.p0", F32x16, *args)
+
+
 @operation(Floats, i64, i64)
 def load_first(b: Builder, address: Value, count: Value) -> Value:
     """`count` float32, then zeros; nothing else is read."""
-    args = ir_pointer(b, address, F32x16), I32(4), ir_first(b, count), ir_constant(F32x16, 0.0)
-    return ir_call(b, "llvm.masked.load.v16f32.p0", F32x16, *args)
+    return ir_load_first(b, address, count)
 
 
 @operation(none, i64, Floats, i64)
