@@ -26,7 +26,7 @@ from hymba.engine.cpu.vectors import (
 from hymba.ops.cpu.compiled import kernel, pointer
 from hymba.ops.cpu.simd import add, fma, load, load_first, read_f32, splat, store, total, write_f32
 from hymba.ops.cpu.team import claim, finish, guided, guided_count, wait
-from hymba.ops.cpu.tiles import group_quantiser, kernels
+from hymba.ops.cpu.tiles import any_rows, group_quantiser
 
 TILE = 32
 LEAST = 64 << 10  # bytes of weights in a piece
@@ -65,28 +65,8 @@ def _quantise(matrix: Any, values: int, ready: int, first: int, last: int, group
 # ---- tiles ---------------------------------------------------------------------------------
 
 
-def _meet(bits: int, group: int, exact: bool) -> Any:
-    made = kernels(bits, group, exact)
-    one, two, four = made.one, made.two, made.four
-
-    @kernel
-    def meet(weights: int, groups: int, x: int, step: int, rows: int, y: int, y_step: int) -> None:
-        """Some groups of a tile and all rows."""
-        done = 0
-        while done + 4 <= rows:
-            four(weights, groups, x + done * step, step, y + done * y_step, y_step)
-            done += 4
-        if done + 2 <= rows:
-            two(weights, groups, x + done * step, step, y + done * y_step, y_step)
-            done += 2
-        if done < rows:
-            one(weights, groups, x + done * step, step, y + done * y_step, y_step)
-
-    return meet
-
-
-_meet_int4, _meet_int8 = _meet(4, 32, False), _meet(8, 64, False)
-_meet_int4_exact, _meet_int8_exact = _meet(4, 32, True), _meet(8, 64, True)
+_meet_int4, _meet_int8 = any_rows(4, 32, False), any_rows(8, 64, False)
+_meet_int4_exact, _meet_int8_exact = any_rows(4, 32, True), any_rows(8, 64, True)
 
 
 @pointer

@@ -303,15 +303,13 @@ def activation_bytes(groups: int, group: int) -> int:
 # ---- the whole product, by a team ----------------------------------------------------------
 
 
-def _product(bits: int, group: int, exact: bool) -> Callable[[int, int, int, int], None]:
-    """A job: phase 0 puts x in int8, row by row; then a phase for each panel of rows of x."""
+def any_rows(bits: int, group: int, exact: bool) -> Any:
+    """A kernel: some groups of a tile and any number of rows, four at a time."""
     made = kernels(bits, group, exact)
-    quantise, one, two, four = made.quantise, made.one, made.two, made.four
-    tile_bytes = 4 * group * bits + 2 * TILE
+    one, two, four = made.one, made.two, made.four
 
     @kernel
     def meet(tile: int, groups: int, x: int, step: int, count: int, y: int, y_step: int) -> None:
-        """One tile and all rows of a panel."""
         done = 0
         while done + 4 <= count:
             four(tile, groups, x + done * step, step, y + done * y_step, y_step)
@@ -321,6 +319,15 @@ def _product(bits: int, group: int, exact: bool) -> Callable[[int, int, int, int
             done += 2
         if done < count:
             one(tile, groups, x + done * step, step, y + done * y_step, y_step)
+
+    return meet
+
+
+def _product(bits: int, group: int, exact: bool) -> Callable[[int, int, int, int], None]:
+    """A job: phase 0 puts x in int8, row by row; then a phase for each panel of rows of x."""
+    made = kernels(bits, group, exact)
+    quantise, one, meet = made.quantise, made.one, any_rows(bits, group, exact)
+    tile_bytes = 4 * group * bits + 2 * TILE
 
     @kernel
     def meet_last(
