@@ -30,6 +30,12 @@ if not torch.cuda.is_available():
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """What a test draws without a generator of its own is the same in every run and order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[str], Config]:
     """tiny("hymba") -> the config of a plan of tests/plans.py."""

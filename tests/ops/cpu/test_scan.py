@@ -49,12 +49,13 @@ def scan_inputs(segments: Segments, channels: int, states: int, start: str) -> d
 def conv_inputs(segments: Segments, channels: int, taps: int, start: str) -> dict[str, Any]:
     count = {"none": 0, "shared": 1, "own": segments.count}[start]
     generator = torch.Generator().manual_seed(channels)
+    state = torch.randn(count, taps - 1, channels, generator=generator)
     return {
         "x": torch.randn(segments.total, channels + 3, generator=generator)[:, :channels],
         "weight": torch.randn(channels, taps, generator=generator),
         "bias": None if start == "none" else torch.randn(channels, generator=generator),
         "segments": segments,
-        "initial_state": torch.randn(count, taps - 1, channels) if count else None,
+        "initial_state": state if count else None,
     }
 
 
