@@ -35,12 +35,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hymba.ops import packed_cuda
 from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
 from hymba.ops.norm_triton import rms_norm
 from hymba.ops.packed import TILE, Packed
+from hymba.ops.packed_cuda import Input
 from hymba.ops.step_triton import dot_type
 from hymba.ops.swiglu_triton import swiglu
+from hymba.schemes import SCHEMES
 
 MOST_ROWS = 32
 PROCESSORS = 132  # of an H100 or H200
@@ -338,6 +341,11 @@ def _operator(
     """x (N, columns) -> (N, rows): residual + F.linear(rms_norm(x), matrix), both if given; or, of
     two matrices of so many rows one behind the other, the first through swiglu with the second."""
     x, count = dense_last(x), len(x)
+    residual = None if residual is None else dense_last(residual)
+    scheme = next(s for s in SCHEMES.values() if (s.bits, s.group) == (bits, group))
+    packed = Packed(tiles, 2 * rows if gated else rows, columns, scheme)
+    if x.numel() and packed_cuda.supports(packed, x):
+        return packed_cuda.product(packed, [Input(x, norm_weight)], eps, residual, gated)
     out = x.new_empty(count, rows)
     if out.numel():
         groups, words = cdiv(columns, group), _words(tiles)
@@ -346,7 +354,6 @@ def _operator(
         if x.is_cuda and x.dtype != torch.bfloat16:
             parts, dot = 3 if x.dtype == torch.float32 else 2, tl.bfloat16
         count_tiles = cdiv(rows, TILE)
-        residual = None if residual is None else dense_last(residual)
         launch(
             _packed_linear_kernel,
             (count_tiles * (2 if gated else 2 // cut.halves), cdiv(count, BLOCK)),

@@ -1,13 +1,11 @@
-"""The selective scan in CUDA (cuda/scan*.cu), compiled at run time by NVRTC through cuda-core.
+"""The selective scan in CUDA (cuda/scan*.cu), compiled when first needed (`nvrtc`).
 
-Optional: where cuda-core is missing, or sizes are ones the source was not written for, `supports`
-says no and the Triton twin serves. Compiling takes seconds, once a process, dtype and size.
+Where that cannot be, or sizes are ones the source was not written for, `supports` says no and the
+Triton twin serves.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -16,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hymba.ops import nvrtc
 from hymba.ops.segments import Segments, table
 
 TILE = 32  # rows between saved states, as in scan.cuh
 UNCUT = 1 << 20  # tiles of a piece, more than there are
-log = logging.getLogger("hymba")
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -43,27 +41,14 @@ class Plan(NamedTuple):
         return f"{n},{n // self.lanes},{self.channels},{self.warps},{self.blocks}"
 
 
-@cache
-def present() -> bool:
-    """Whether cuda-core and NVRTC are there and work; HYMBA_SCAN=triton says no."""
-    if os.environ.get("HYMBA_SCAN") == "triton":
-        return False
-    try:
-        from cuda.core import Program
-
-        Program('extern "C" __global__ void nothing() {}', "c++").compile("ptx")
-    except ImportError:
-        return False
-    except Exception as error:  # NVRTC is looked for at its first use, in ways of its own
-        log.warning("hymba: CUDA sources can't be compiled (%s); Triton's scan serves", error)
-        return False
-    return True
-
-
 def supports(u: Tensor, states: int) -> bool:
     """Whether the source serves such tensors (pairs of channels, 8 or 16 states)."""
     return (
-        u.is_cuda and u.dtype in TYPES and states in (8, 16) and u.shape[1] % 2 == 0 and present()
+        u.is_cuda
+        and u.dtype in TYPES
+        and states in (8, 16)
+        and u.shape[1] % 2 == 0
+        and nvrtc.present()
     )
 
 
@@ -232,55 +217,6 @@ def _sixteen(x: Tensor) -> bool:
     return x.shape[1] % n == 0 and x.stride(0) % n == 0 and x.data_ptr() % 16 == 0
 
 
-@cache
-def _source(name: str) -> str:
-    """What a kernel's file and the head they share say."""
-    part = "scan_forward.cu" if name.startswith("scan_forward") else "scan_backward.cu"
-    folder = files("hymba.ops").joinpath("cuda")
-    return "".join(folder.joinpath(x).read_text(encoding="utf-8") for x in ("scan.cuh", part))
-
-
-@cache
-def _kernel(name: str, shared: int, index: int) -> Any:
-    """The compiled kernel on a device."""
-    from cuda.bindings import driver
-    from cuda.core import Device, Program, ProgramOptions
-
-    device = Device(index)
-    device.set_current()
-    major, minor = device.compute_capability
-    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", ftz=True)
-    built = Program(_source(name), "c++", options=options).compile(
-        "cubin", name_expressions=(name,)
-    )
-    kernel = built.get_kernel(name)
-    if shared > 48 << 10:
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, index)
-        if status:
-            raise RuntimeError(f"{name}: {shared} bytes of shared memory refused: {status!r}")
-    return kernel
-
-
-class _Stream:
-    """torch's current stream, as cuda-core knows streams."""
-
-    def __init__(self, pointer: int):
-        self.pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer
-
-
-@cache
-def _stream(pointer: int, index: int) -> Any:
-    from cuda.core import Device
-
-    device = Device(index)
-    device.set_current()  # cuda-core's devices are a thread's own
-    return device.create_stream(_Stream(pointer))
-
-
 def _launch(
     name: str,
     grid: tuple[int, int, int],
@@ -289,19 +225,12 @@ def _launch(
     device: torch.device,
     *args: Any,
 ) -> None:
-    from cuda.core import LaunchConfig, launch
-
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    with torch.cuda.device(index):
-        kernel = _kernel(name, shared, index)
-        stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
-        config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
-        launch(stream, config, kernel, *(_pointer(x, index) for x in args))
+    nvrtc.launch(_source, name, grid, threads, shared, device, *args)
 
 
-def _pointer(x: Any, index: int) -> Any:
-    if not isinstance(x, Tensor):
-        return 0 if x is None else x
-    if x.device.index != index:
-        raise ValueError(f"the selective scan runs on cuda:{index} and was given {x.device}")
-    return x.data_ptr()
+@cache
+def _source(name: str) -> str:
+    """What a kernel's file and the head they share say."""
+    part = "scan_forward.cu" if name.startswith("scan_forward") else "scan_backward.cu"
+    folder = files("hymba.ops").joinpath("cuda")
+    return "".join(folder.joinpath(x).read_text(encoding="utf-8") for x in ("scan.cuh", part))

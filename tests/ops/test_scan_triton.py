@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import torch
 from torch import Tensor
 
-from hymba.ops import Segments, scan_cuda
+from hymba.ops import Segments, nvrtc, scan_cuda
 from hymba.ops.scan import selective_scan_reference
 from hymba.ops.scan_triton import _scan, selective_scan
 
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.fixture(params=["triton", "cuda"])
 def source(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernels: Triton's everywhere, CUDA's where they can be."""
-    if request.param == "cuda" and (device == "cpu" or not scan_cuda.present()):
+    if request.param == "cuda" and (device == "cpu" or not nvrtc.present()):
         pytest.skip("needs a GPU and cuda-core")
-    monkeypatch.setattr(scan_cuda, "present", lambda: request.param == "cuda")
+    monkeypatch.setattr(nvrtc, "present", lambda: request.param == "cuda")
     return request.param
 
 
@@ -148,7 +148,7 @@ def test_one_node_for_a_compiler(device: str, source: str) -> None:
 @pytest.mark.gpu
 def test_many_pieces_and_one(monkeypatch: pytest.MonkeyPatch, agree: Callable[..., None]) -> None:
     """Cut in time, whatever the cut."""
-    if not torch.cuda.is_available() or not scan_cuda.present():
+    if not torch.cuda.is_available() or not nvrtc.present():
         pytest.skip("needs a GPU and cuda-core")
     segments = Segments((300, 95, 513))
     given = inputs(segments, 130, 16, device="cuda")

@@ -1,0 +1,108 @@
+"""CUDA sources (cuda/) compiled at run time by NVRTC, through cuda-core, and launched.
+
+Optional (`pip install 'hymba[gpu]'`): every op that has such a source has a Triton twin, which
+serves where cuda-core is missing, or HYMBA_CUDA=0 is set. A kernel is a template; it is compiled
+for its arguments when they are first met, in a second or two, once a process and device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATIC = 48 << 10  # bytes of shared memory that a kernel may have without asking
+log = logging.getLogger("hymba")
+
+
+@cache
+def present() -> bool:
+    """Whether cuda-core and NVRTC are there and work."""
+    if os.environ.get("HYMBA_CUDA") == "0":
+        return False
+    try:
+        from cuda.core import Program
+
+        Program('extern "C" __global__ void nothing() {}', "c++").compile("ptx")
+    except ImportError:
+        return False
+    except Exception as error:  # NVRTC is looked for at its first use, in ways of its own
+        log.warning("hymba: CUDA sources can't be compiled (%s); Triton's kernels serve", error)
+        return False
+    return True
+
+
+def launch(
+    source: Callable[[str], str],
+    name: str,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    device: torch.device,
+    *args: Any,
+    chained: bool = False,
+) -> None:
+    """Run kernel `name`, template arguments included, of the text source(name), on torch's current
+    stream. args: tensors (of that device), None for a null pointer, numpy's numbers. chained: put
+    in place before the kernel in front has ended (`chain_triton`)."""
+    from cuda import core
+
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with torch.cuda.device(index):
+        kernel = _kernel(source, name, shared, index)
+        stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
+        more = {"programmatic_stream_serialization": True} if chained else {}
+        config = core.LaunchConfig(grid=grid, block=threads, shmem_size=shared, **more)
+        core.launch(stream, config, kernel, *(_pointer(x, index) for x in args))
+
+
+@cache
+def _kernel(source: Callable[[str], str], name: str, shared: int, index: int) -> Any:
+    """The compiled kernel on a device."""
+    from cuda.bindings import driver
+    from cuda.core import Device, Program, ProgramOptions
+
+    device = Device(index)
+    device.set_current()
+    major, minor = device.compute_capability
+    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", ftz=True)
+    built = Program(source(name), "c++", options=options).compile("cubin", name_expressions=(name,))
+    kernel = built.get_kernel(name)
+    if shared > STATIC:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, index)
+        if status:
+            raise RuntimeError(f"{name}: {shared} bytes of shared memory refused: {status!r}")
+    return kernel
+
+
+class _Stream:
+    """torch's current stream, as cuda-core knows streams."""
+
+    def __init__(self, pointer: int):
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@cache
+def _stream(pointer: int, index: int) -> Any:
+    from cuda.core import Device
+
+    device = Device(index)
+    device.set_current()  # cuda-core's devices are a thread's own
+    return device.create_stream(_Stream(pointer))
+
+
+def _pointer(x: Any, index: int) -> Any:
+    if not isinstance(x, Tensor):
+        return 0 if x is None else x
+    if x.device.index != index:
+        raise ValueError(f"a kernel runs on cuda:{index} and was given {x.device}")
+    return x.data_ptr()
