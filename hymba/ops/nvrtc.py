@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STATIC = 48 << 10  # bytes of shared memory that a kernel may have without asking
 log = logging.getLogger("hymba")
 
 
@@ -54,7 +53,8 @@ def launch(
 
     index = device.index if device.index is not None else torch.cuda.current_device()
     with torch.cuda.device(index):
-        kernel = _kernel(source, name, shared, index)
+        kernel = _kernel(source, name, index)
+        _make_room(kernel, name, shared, index)
         stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
         more = {"programmatic_stream_serialization": True} if chained else {}
         config = core.LaunchConfig(grid=grid, block=threads, shmem_size=shared, **more)
@@ -62,9 +62,8 @@ def launch(
 
 
 @cache
-def _kernel(source: Callable[[str], str], name: str, shared: int, index: int) -> Any:
+def _kernel(source: Callable[[str], str], name: str, index: int) -> Any:
     """The compiled kernel on a device."""
-    from cuda.bindings import driver
     from cuda.core import Device, Program, ProgramOptions
 
     device = Device(index)
@@ -72,13 +71,23 @@ def _kernel(source: Callable[[str], str], name: str, shared: int, index: int) ->
     major, minor = device.compute_capability
     options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", ftz=True)
     built = Program(source(name), "c++", options=options).compile("cubin", name_expressions=(name,))
-    kernel = built.get_kernel(name)
-    if shared > STATIC:
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, index)
-        if status:
-            raise RuntimeError(f"{name}: {shared} bytes of shared memory refused: {status!r}")
-    return kernel
+    return built.get_kernel(name)
+
+
+_rooms: dict[tuple[str, int], int] = {}  # of kernels and devices: shared memory asked for so far
+
+
+def _make_room(kernel: Any, name: str, shared: int, index: int) -> None:
+    """Ask for dynamic shared memory: beyond 48 KiB in all, static included, it is not given else."""
+    if shared <= _rooms.get((name, index), 0):
+        return
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, index)
+    if status:
+        raise RuntimeError(f"{name}: {shared} bytes of shared memory refused: {status!r}")
+    _rooms[name, index] = shared
 
 
 class _Stream:

@@ -32,7 +32,7 @@ class Tiling(NamedTuple):
     """Module-wide so that a benchmark can try others."""
 
     many: Cut = Cut(4, 4)  # where blocks are enough for all processors
-    few: Cut = Cut(16, 4)
+    few: Cut = Cut(16, 6)
     chain: bool = True  # starts while the kernel before it ends
 
 

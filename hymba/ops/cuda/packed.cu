@@ -10,8 +10,8 @@
 // and so is which row is which m.
 //
 // What bounds it. The bytes of the matrix, read once; and nearly as much the instructions: 18 to make
-// 16 codes of 4 bits into numbers, two by two, and 25 for all else, whether x has one row or eight.
-// So there are as few as can be:
+// 16 codes of 4 bits into numbers, two by two, and as many for all else, whether x has one row or
+// eight. So there are few:
 //
 //  * Codes are exact in bfloat16, so products are. Only a group's sum meets its scale, in float32.
 //  * A norm costs no pass of its own: x times the norm's weights goes into the product, the root of
@@ -47,7 +47,8 @@ struct Shape {
     static constexpr int VECTORS = GROUP / 32;                 // of 8 columns: a lane's of a group
     static constexpr int WORDS = BITS / 4;                     // of codes, for a vector
     static constexpr int HALF = 2 * GROUP * BITS;              // bytes of a group's 16 rows
-    static constexpr int STRIDE = 2 * HALF + 64, TURN = AHEAD * WARPS;
+    static constexpr int STRIDE = 2 * HALF + 64;               // of its 32 rows, with their scales
+    static constexpr int TURN = AHEAD * WARPS;
 };
 
 // Loads; nothing is loaded, and what is returned is anything, where it is not there. They are
@@ -146,9 +147,10 @@ __device__ __forceinline__ void multiply(float* d, u32 a, u32 a8, u32 x) {
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a), "r"(a8), "r"(x));
 }
 
-// Rows of x as columns, squared and added up: every entry of a row times every entry of another, of
-// which the diagonal is wanted. A pair more costs nothing as the rows below, so those are there
-// twice: of `upper` rows i count, of `lower` rows i + 8.
+// Sums of squares of rows of x: a pair on both sides gives all products of rows, of which the
+// diagonal is wanted. Operands of the instruction are neighbours in registers, so two pairs are its
+// rows i and i + 8; of the first only the diagonal of the upper half means something, of the second
+// that of the lower.
 struct Squares {
     float upper[4] = {}, lower[4] = {};
 
@@ -208,6 +210,7 @@ template <class S> __global__ void __launch_bounds__(32 * S::WARPS) packed_produ
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = lane / 4, t = lane % 4;
     const int tile = blockIdx.x / 2, half = blockIdx.x % 2, first_row = blockIdx.y * 8 * EIGHTS;
 
+    // The first groups of the matrix, which no kernel writes.
     Stream<S> stream;
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
@@ -220,7 +223,8 @@ template <class S> __global__ void __launch_bounds__(32 * S::WARPS) packed_produ
     if constexpr (S::CHAINED)
         asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
 
-    const int start = warp * S::GROUP + t * VECTORS * 8;  // the lane's first column
+    // Where the lane's columns of x begin.
+    const int start = warp * S::GROUP + t * VECTORS * 8;
     const u16 *from[INPUTS][EIGHTS], *weights[INPUTS];
 #pragma unroll
     for (int j = 0; j < INPUTS; j++) {
@@ -236,6 +240,7 @@ template <class S> __global__ void __launch_bounds__(32 * S::WARPS) packed_produ
     Squares square[INPUTS][EIGHTS];
 
     for (int first = warp; first < groups; first += S::TURN) {
+        // What meets in this turn.
         Held<S> now[AHEAD];
         uint4 xs[AHEAD][INPUTS][EIGHTS][VECTORS], ws[AHEAD][INPUTS][VECTORS];
 #pragma unroll
@@ -266,10 +271,9 @@ template <class S> __global__ void __launch_bounds__(32 * S::WARPS) packed_produ
 #pragma unroll
             for (int n = 0; n < EIGHTS; n++) from[j][n] += S::TURN * S::GROUP;
         }
+        // The matrix for the next turn, on its way while this one is multiplied.
         if (first + S::TURN < groups) stream.fetch(next, first + S::TURN, groups);
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            if (first + u * WARPS >= groups) break;
+        auto meet = [&](int u) {
             float d[HALVES][INPUTS][EIGHTS][4];
 #pragma unroll
             for (int v = 0; v < VECTORS; v++) {
@@ -314,9 +318,18 @@ template <class S> __global__ void __launch_bounds__(32 * S::WARPS) packed_produ
                         for (int k = 0; k < 4; k++)
                             acc[h][j][n][k] += d[h][j][n][k] * (k < 2 ? s.x : s.y);
             }
+        };
+        if (first + (AHEAD - 1) * WARPS < groups) {
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) meet(u);
+        } else {
+#pragma unroll
+            for (int u = 0; u < AHEAD - 1; u++)
+                if (first + u * WARPS < groups) meet(u);
         }
     }
 
+    // The warps' sums, one after the other.
 #pragma unroll
     for (int j = 0; j < INPUTS; j++)
 #pragma unroll
