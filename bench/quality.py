@@ -248,7 +248,8 @@ def ways(
     for scheme in SCHEMES:
         rounded = widened(nearest(full(), scheme))
         yield f"{scheme}, to nearest", rounded
-        yield f"{scheme}, to nearest, inputs int8", with_few_inputs(rounded, scheme)
+        if SCHEMES[scheme].kind == "int":  # the others' inputs stay as they are
+            yield f"{scheme}, to nearest, inputs int8", with_few_inputs(rounded, scheme)
         better = widened(calibrated(scheme))
         yield f"{scheme}, calibrated", better
 
@@ -383,7 +384,8 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
             yield row(name, *(signed(x[name]) for x in found.values()))
         yield ""
     if found := report.get("kinds"):
-        for scheme in reversed(SCHEMES):
+        measured = {x for kinds in found.values() for kind in kinds.values() for x in kind}
+        for scheme in (x for x in reversed(SCHEMES) if x in measured):
             yield row(f"{scheme} alone", *found)
             yield row("---", *("---" for _ in found))
             for kind in KINDS:

@@ -108,8 +108,8 @@ def load(
     """Load a folder or a hub id ("nvidia/Hymba-1.5B-Base"). dtype None keeps the file's own; but on
     a CPU, numbers beside weights in few bits are float32.
 
-    `quantize`, "int8" or "int4", rounds the matrices to so many bits, one after the other: the
-    model is never held in full. `progress` is told ("quantising", tensors done, of how many).
+    `quantize`, "int8", "int4" or "fp8", rounds the matrices to so many bits, one after the other:
+    the model is never held in full. `progress` is told ("quantising", tensors done, of how many).
 
     Raises ConfigError, SchemeError or WeightsError, one line each."""
     kind = _dtype(dtype)

@@ -72,7 +72,7 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the weights are made; without it they stay as they are."""
     quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME")] = None
-    """int8 or int4: the matrices in so many bits."""
+    """int8, int4 or fp8: the matrices in few bits."""
     through_transformers: bool = False
     """Run a Hymba model by lm-eval's own class too, for comparison."""
     out: Path | None = None

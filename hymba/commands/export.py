@@ -53,14 +53,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("name the folder that it goes to: --onnx FOLDER")
     if options.chunk < 1:
         raise UserError(f"--chunk is {options.chunk}, but must be 1 or more")
-    if options.quantize is not None:
-        scheme_named(options.quantize)
+    scheme = None if options.quantize is None else scheme_named(options.quantize)
     from hymba.export import Choices, export
+    from hymba.export.linear import check_scheme
     from hymba.export.run import check_folder
     from hymba.weights import load
 
     if options.check:
         import hymba.export.session  # noqa: F401  (a missing onnxruntime is told before the work)
+    if scheme is not None:
+        check_scheme(scheme)
     check_folder(options.onnx, options.force)
     choose_threads(options.threads)
     with bar() as progress:

@@ -96,7 +96,7 @@ class Options:
     dtype: str | None = None
     """float32, bfloat16, ...; without it the checkpoint's own."""
     quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME")] = None
-    """int8 or int4: the matrices in so many bits (a folder made by `hymba quantize` has them)."""
+    """int8, int4 or fp8: the matrices in few bits (a folder made by `hymba quantize` has them)."""
     threads: int = 0
     """CPU threads (0: half the cores)."""
 

@@ -34,7 +34,7 @@ class Options:
     folder: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Where the quantised model goes; it must be new or empty."""
     scheme: str = "int4"
-    """int8 or int4."""
+    """int8, int4, or fp8: floats of 8 bits (e4m3), slow on a CPU."""
     text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE ...")] = ()
     """Choose the roundings with this text in front of the model (GPTQ): files, folders or names, as
     `hymba train` takes them. Without it each number goes to the nearest code."""

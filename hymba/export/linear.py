@@ -2,8 +2,8 @@
 
 A packed matrix is the same codes and scales in another order of bytes: rows of groups, low nibble
 first, codes with 2^(bits - 1) added (which is the zero point that the op takes by itself), scales
-in float32 because activations are. Look-ups of a packed embedding read the very bytes of its tied
-head, by `GatherBlockQuantized`.
+in float32 because activations are. So codes that are floats stay out (`check_scheme`). Look-ups of
+a packed embedding read the very bytes of its tied head, by `GatherBlockQuantized`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,21 @@ from hymba.export.graph import MICROSOFT, Graph
 from hymba.model.packed import PackedEmbedding, PackedLinear
 from hymba.model.ssm import is_matrix
 from hymba.ops import Packed
-from hymba.ops.packed import unpack
+from hymba.ops.packed import encode, unpack
+from hymba.schemes import Scheme
 
 
 class ExportError(UserError):
     """A model that cannot be a graph; the message says which part and why."""
+
+
+def check_scheme(scheme: Scheme) -> None:
+    """ExportError where no op multiplies such codes."""
+    if scheme.kind != "int":
+        raise ExportError(
+            f"onnxruntime's MatMulNBits takes whole codes, and those of {scheme.name} are floats:"
+            " export the model as it was trained, with --quantize int8"
+        )
 
 
 def array(x: Tensor) -> np.ndarray:
@@ -93,7 +103,7 @@ def _write(graph: Graph, name: str, packed: Packed) -> str:
         return blocks
     codes, scales = unpack(packed)
     rows, groups = scales.shape
-    raw = (codes.short() + packed.scheme.most + 1).to(torch.uint8)
+    raw = encode(codes, packed.scheme)
     if packed.scheme.bits == 4:
         raw = raw[:, ::2] | raw[:, 1::2] << 4
     graph.data.put(blocks, raw.view(rows, groups, -1).numpy())

@@ -29,7 +29,7 @@ from hymba.config import Config
 from hymba.export.decoder import Writer
 from hymba.export.graph import MICROSOFT, Data, Graph, value
 from hymba.export.layout import ROOM, Entry, entries
-from hymba.export.linear import ExportError
+from hymba.export.linear import ExportError, check_scheme
 from hymba.export.meta import meta_states
 from hymba.files import write_json
 from hymba.model.decoder import LanguageModel
@@ -61,9 +61,12 @@ def export(
     how many).
 
     Weights become float32, those of a packed model keep their codes. Raises ExportError, one line,
-    for modules that are neither (adapters), and for a folder that is there without `force`."""
+    for modules that are neither (adapters), codes that are floats, and for a folder that is there
+    without `force`."""
     target = Path(folder)
     check_folder(target, force)
+    for scheme in schemes_of(model).values():
+        check_scheme(scheme)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:

@@ -11,8 +11,8 @@ and a half's codes are pieces of 64 bytes in which bytes 4r to 4r + 3 belong to 
 those of 4 columns, with 4 bits those of 8, the first 4 in the low halves of the bytes, the others
 in the high ones. So one load of a piece is a vector of 16 rows: sums stay in their lanes, and the
 product of four neighbouring codes with four activations is one instruction where there is one
-(VNNI, dp4a). Codes are stored with 2^(bits - 1) added, unsigned. Missing rows and columns of the
-last tile and the last group are zeros.
+(VNNI, dp4a). Whole codes are stored with 2^(bits - 1) added, unsigned; codes of e4m3 as they are.
+Missing rows and columns of the last tile and the last group are zeros.
 
 The layout is also that of files (`hymba.weights`), so that a folder is mapped, not converted.
 """
@@ -33,6 +33,7 @@ from hymba.schemes import Scheme, SchemeError
 
 TILE = 32
 HALF = 16
+CODES = {"int": torch.int8, "e4m3": torch.float8_e4m3fn}  # by a scheme's kind
 log = logging.getLogger("hymba")
 
 
@@ -64,38 +65,61 @@ def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
 
 
 def nearest(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """x (rows, groups, G) -> codes (rows, groups, G) int8, scales (rows, groups) float16."""
+    """x (rows, groups, G) -> codes (rows, groups, G), scales (rows, groups) float16."""
     scales = best_scales(x, scheme)
     return round_to(x, scales, scheme), scales
 
 
 def best_scales(x: Tensor, scheme: Scheme) -> Tensor:
-    """x (..., G) -> (...) float16. There is a code more on the negative side, so the scale that
-    gives it to the largest number is one of those tried, negative if that number is positive."""
+    """x (..., G) -> (...) float16: of those that make a group's largest number one of `_ends`."""
     largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
     best, least = torch.zeros_like(largest).half(), torch.full_like(largest, torch.inf)
-    for steps in (scheme.most, scheme.most + 0.5, -scheme.most - 1, -scheme.most - 0.5):
+    for steps in _ends(scheme):
         scale = (largest / steps).half()
         if not bool(torch.isfinite(scale).all()):
             raise SchemeError(f"it holds numbers above {65504 * scheme.most:,}")
-        error = (round_to(x, scale, scheme) * scale[..., None].float() - x).square().sum(-1)
+        error = (round_to(x, scale, scheme).float() * scale[..., None].float() - x).square().sum(-1)
         best, least = torch.where(error < least, scale, best), error.minimum(least)
     return best
 
 
+def _ends(scheme: Scheme) -> tuple[float, ...]:
+    """There is a whole code more on the negative side, so the largest number may become that one,
+    by a negative scale if it is positive. Floats are as fine in one octave as in the next: their
+    codes of the highest are tried."""
+    if scheme.kind == "e4m3":
+        return 448, 416, 384, 352, 320, 288, 256, 240
+    return scheme.most, scheme.most + 0.5, scheme.least, scheme.least + 0.5
+
+
 def round_to(x: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
-    """x (..., G), scales (...) -> codes (..., G) int8."""
+    """x (..., G), scales (...) -> codes (..., G), in the dtype of `CODES`."""
     wide = scales.float()[..., None]
-    codes = torch.where(wide == 0, 0, x / wide).round()
-    return codes.clamp(-scheme.most - 1, scheme.most).to(torch.int8)
+    numbers = torch.where(wide == 0, 0, x / wide).clamp(scheme.least, scheme.most)
+    # A float rounds as it becomes narrow, a whole number would be cut off.
+    return (numbers.round() if scheme.kind == "int" else numbers).to(CODES[scheme.kind])
+
+
+def encode(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes as bytes; those of 4 bits are not put together yet."""
+    if scheme.kind == "e4m3":
+        return codes.view(torch.uint8)
+    return (codes.short() + scheme.zero).to(torch.uint8)
+
+
+def decode(raw: Tensor, scheme: Scheme) -> Tensor:
+    """The inverse of `encode`."""
+    if scheme.kind == "e4m3":
+        return raw.view(torch.float8_e4m3fn)
+    return (raw.short() - scheme.zero).to(torch.int8)
 
 
 def pack(codes: Tensor, scales: Tensor, columns: int, scheme: Scheme) -> Packed:
-    """codes (rows, groups * G) int8, scales (rows, groups) float16, laid out."""
+    """codes (rows, groups * G), scales (rows, groups) float16, laid out."""
     rows, groups = scales.shape
-    tiles, zero = -(-rows // TILE), scheme.most + 1
-    raw = torch.full((tiles * TILE, codes.shape[1]), zero, dtype=torch.uint8, device=codes.device)
-    raw[:rows] = (codes.short() + zero).to(torch.uint8)
+    tiles, size = -(-rows // TILE), codes.shape[1]
+    raw = torch.full((tiles * TILE, size), scheme.zero, dtype=torch.uint8, device=codes.device)
+    raw[:rows] = encode(codes, scheme)
     raw = raw.view(tiles, 2, HALF, groups, -1)
     if scheme.bits == 4:
         low, high = raw.view(tiles, 2, HALF, groups, scheme.group // 8, 2, 4).unbind(-2)
@@ -111,7 +135,7 @@ def pack(codes: Tensor, scales: Tensor, columns: int, scheme: Scheme) -> Packed:
 
 
 def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
-    """What `pack` was given: codes (rows, groups * G) int8, scales (rows, groups) float16."""
+    """What `pack` was given: codes (rows, groups * G), scales (rows, groups) float16."""
     return _unpack(packed.tiles, packed.scheme, packed.rows)
 
 
@@ -124,9 +148,7 @@ def _unpack(tiles: Tensor, scheme: Scheme, rows: int) -> tuple[Tensor, Tensor]:
     # (T, 2, 16, groups, pieces, 4)
     if scheme.bits == 4:
         raw = torch.stack([raw & 15, raw >> 4], dim=-2)
-    codes = (raw.reshape(count * TILE, groups * scheme.group).short() - scheme.most - 1).to(
-        torch.int8
-    )
+    codes = decode(raw.reshape(count * TILE, groups * scheme.group), scheme)
     scales = ends.contiguous().view(torch.float16).view(count, groups, TILE)
     return codes[:rows], scales.transpose(1, 2).reshape(count * TILE, groups)[:rows]
 
@@ -165,13 +187,15 @@ def packed_linear_reference(x: Tensor, packed: Packed) -> Tensor:
 def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """As the reference: plain PyTorch has no faster one. A CPU has; it is said once."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _name_faster()
+        _name_faster(packed.scheme)
     return packed_linear_reference(x, packed)
 
 
 @cache
-def _name_faster() -> None:
-    if find_spec("numba") is None:
+def _name_faster(scheme: Scheme) -> None:
+    if scheme.kind != "int":
+        log.warning("hymba: %s is slow on a CPU: take int8, as small and nearer", scheme.name)
+    elif find_spec("numba") is None:
         log.warning("hymba: weights in few bits are slow here without: pip install 'hymba[cpu]'")
 
 

@@ -47,8 +47,9 @@ class Input(NamedTuple):
 
 
 def supports(packed: Packed, *inputs: Tensor) -> bool:
-    """Whether the source serves such tensors: rows in whole pieces of 16 bytes."""
-    return packed.columns % 8 == 0 and all(map(_fits, inputs)) and nvrtc.present()
+    """Whether the source serves such tensors: whole codes, rows in whole pieces of 16 bytes."""
+    served = packed.scheme.kind == "int" and packed.columns % 8 == 0
+    return served and all(map(_fits, inputs)) and nvrtc.present()
 
 
 def _fits(x: Tensor) -> bool:

@@ -12,6 +12,8 @@ instructions that make numbers of codes, of which a byte holds two. So there are
 Codes are exact in bfloat16, and so is their product with an activation on the tensor cores, which
 cost the same for one row as for eight. Only a group's sum (16 or 32 rows by 1 or 8) meets its
 scales, in float32: nothing is rounded but sums. Activations of 32 bits go in three bfloat16 parts.
+Floats of 8 bits (e4m3) have their exponent and mantissa where bfloat16 has them once they are moved
+by 4 bits; 2^120 is the difference of what exponents begin at, for those below normal ones too.
 The columns of a word come in another order than they lie in memory; the activations are put in that
 order instead, they are few.
 
@@ -43,7 +45,7 @@ from hymba.ops.packed import TILE, Packed
 from hymba.ops.packed_cuda import Input
 from hymba.ops.step_triton import dot_type
 from hymba.ops.swiglu_triton import swiglu
-from hymba.schemes import SCHEMES
+from hymba.schemes import SCHEMES, Scheme
 
 MOST_ROWS = 32
 PROCESSORS = 132  # of an H100 or H200
@@ -85,7 +87,7 @@ def _two(pair, DOT: tl.constexpr):
 
 
 @triton.jit
-def _codes(w, BITS: tl.constexpr, DOT: tl.constexpr):
+def _codes(w, BITS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
     """Words (G, M, P) -> codes (G, M, columns), as numbers, in the order that `_ordered` makes."""
     if BITS == 4:
         a = (w & 0x000F000F) | 0x43004300
@@ -94,6 +96,10 @@ def _codes(w, BITS: tl.constexpr, DOT: tl.constexpr):
         d = ((w >> 12) & 0x000F000F) | 0x43004300
         y = _two(tl.join(tl.join(a, c), tl.join(b, d)), DOT)
         y -= 136.0
+    elif KIND == "e4m3":  # exponent and mantissa where bfloat16 has them; its exponent is of -127
+        b = tl.join(w, w >> 8)
+        y = _two((b & 0x00800080) << 8 | (b & 0x007F007F) << 4, DOT)
+        y *= 2.0**120
     else:  # the lower 7 bits as above; the eighth tells whether 128 or 256 has to go
         b = tl.join(w, w >> 8)
         y = _two((b & 0x007F007F) | 0x43004300, DOT)
@@ -157,9 +163,10 @@ def _piece(
 @triton.jit(do_not_specialize=["S", "F", "D", "groups", "tiles"])
 def _packed_linear_kernel(
     x, words, scales, norm_weight, residual, out, S, F, D, groups, tiles, eps, stride_x, stride_r,
-    BITS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr,
-    ROWS: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, CHAINED: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr,
+    HALVES: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
+    DOT: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = GROUP * BITS // 32  # words of a row's group
     STRIDE: tl.constexpr = 32 * P + 16
@@ -191,7 +198,7 @@ def _packed_linear_kernel(
             weight = tl.load(norm_weight + at, mask=at < D, other=0.0).to(tl.float32)
             v = (_rounded(v.to(tl.float32) * root, kind) * weight[:, None, :]).to(kind)
         v = _ordered(v, BITS)
-        codes = _codes(_rows_of(w, P, HALVES), BITS, DOT)
+        codes = _codes(_rows_of(w, P, HALVES), BITS, KIND, DOT)
         part = v.to(DOT)
         y = tl.dot(codes, tl.permute(part, (0, 2, 1)), input_precision="ieee")
         for _ in tl.static_range(PARTS - 1):
@@ -216,7 +223,8 @@ def _packed_linear_kernel(
 @triton.jit(do_not_specialize=["F", "groups"])
 def _dequantize_kernel(
     words, scales, out, F, D, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """A turn of a tile, written out: (32, TURN * GROUP) of out (F, D)."""
     P: tl.constexpr = GROUP * BITS // 32
@@ -225,7 +233,7 @@ def _dequantize_kernel(
     words += tile * groups * STRIDE
     scales += tile * groups * 2 * STRIDE + 64 * P
     w, s = _turn(words, scales, g, groups, 0, 0, P, 2)
-    codes = _ordered(_codes(_rows_of(w, P, 2), BITS, DOT), BITS, BACK=True)
+    codes = _ordered(_codes(_rows_of(w, P, 2), BITS, KIND, DOT), BITS, BACK=True)
     y = codes.to(tl.float32) * tl.reshape(s, (TURN, 32)).to(tl.float32)[:, :, None]
     row = tile * 32 + tl.arange(0, 32)
     column = g[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
@@ -236,8 +244,8 @@ def _dequantize_kernel(
 @triton.jit
 def _packed_rows_kernel(
     ids, words, scales, out, D, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, DOT: tl.constexpr,
-    CHAINED: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    DOT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Row ids[i] of the matrix, written out as row i of out (N, D)."""
     P: tl.constexpr = GROUP * BITS // 32
@@ -252,7 +260,7 @@ def _packed_rows_kernel(
     at = g[:, None, None] * STRIDE + piece[None, None, :] * 16
     w = tl.load(words + at, mask=(g < groups)[:, None, None], other=0)  # (G, 1, P)
     s = tl.load(scales + g * (2 * STRIDE), mask=g < groups, other=0.0).to(tl.float32)
-    y = _ordered(_codes(w, BITS, DOT), BITS, BACK=True).to(tl.float32) * s[:, None, None]
+    y = _ordered(_codes(w, BITS, KIND, DOT), BITS, BACK=True).to(tl.float32) * s[:, None, None]
     column = g[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     tl.store(out + i * D + column, y.to(out.dtype.element_ty), mask=column < D)
 
@@ -261,8 +269,8 @@ def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """As `hymba.ops.packed.packed_linear_reference`, without gradients."""
     tiles, rows, columns, scheme = packed
     if len(x) > MOST_ROWS:
-        return F.linear(x, dequantize(tiles, rows, columns, scheme.bits, scheme.group, x.dtype))
-    return _thin(x, tiles, rows, columns, scheme.bits, scheme.group)
+        return F.linear(x, dequantize(tiles, rows, columns, *how(scheme), x.dtype))
+    return _thin(x, tiles, rows, columns, *how(scheme))
 
 
 def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, packed: Packed) -> Tensor:
@@ -270,7 +278,7 @@ def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, packed: Packe
     if len(x) > MOST_ROWS:
         return packed_linear(rms_norm(x, norm_weight, eps), packed)
     tiles, rows, columns, scheme = packed
-    return _thin(x, tiles, rows, columns, scheme.bits, scheme.group, norm_weight, eps)
+    return _thin(x, tiles, rows, columns, *how(scheme), norm_weight, eps)
 
 
 def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Packed) -> Tensor:
@@ -278,8 +286,7 @@ def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Pack
     if len(x) > MOST_ROWS:
         return swiglu(*packed_norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1))
     tiles, rows, columns, scheme = gate_up
-    how = scheme.bits, scheme.group
-    return _thin(x, tiles, rows // 2, columns, *how, norm_weight, eps, gated=True)
+    return _thin(x, tiles, rows // 2, columns, *how(scheme), norm_weight, eps, gated=True)
 
 
 def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
@@ -287,13 +294,18 @@ def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
     if len(x) > MOST_ROWS:
         return residual + packed_linear(x, packed)
     tiles, rows, columns, scheme = packed
-    return _thin(x, tiles, rows, columns, scheme.bits, scheme.group, residual=residual)
+    return _thin(x, tiles, rows, columns, *how(scheme), residual=residual)
 
 
 def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `hymba.ops.packed.packed_rows`."""
     tiles, _, columns, scheme = packed
-    return _rows(ids, tiles, columns, scheme.bits, scheme.group, dtype)
+    return _rows(ids, tiles, columns, *how(scheme), dtype)
+
+
+def how(scheme: Scheme) -> tuple[int, str, int]:
+    """What an operator is told of it."""
+    return scheme.bits, scheme.kind, scheme.group
 
 
 def _words(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,6 +326,7 @@ def _thin(
     rows: int,
     columns: int,
     bits: int,
+    kind: str,
     group: int,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
@@ -321,7 +334,7 @@ def _thin(
     gated: bool = False,
 ) -> Tensor:
     return _operator(
-        x, tiles, rows, columns, bits, group, norm_weight, eps, residual, gated
+        x, tiles, rows, columns, bits, kind, group, norm_weight, eps, residual, gated
     )  # fmt: skip
 
 
@@ -332,6 +345,7 @@ def _operator(
     rows: int,
     columns: int,
     bits: int,
+    kind: str,
     group: int,
     norm_weight: Tensor | None,
     eps: float,
@@ -342,7 +356,7 @@ def _operator(
     two matrices of so many rows one behind the other, the first through swiglu with the second."""
     x, count = dense_last(x), len(x)
     residual = None if residual is None else dense_last(residual)
-    scheme = next(s for s in SCHEMES.values() if (s.bits, s.group) == (bits, group))
+    scheme = next(s for s in SCHEMES.values() if how(s) == (bits, kind, group))
     packed = Packed(tiles, 2 * rows if gated else rows, columns, scheme)
     if x.numel() and packed_cuda.supports(packed, x):
         return packed_cuda.product(packed, [Input(x, norm_weight)], eps, residual, gated)
@@ -360,10 +374,10 @@ def _operator(
             x, *words, x if norm_weight is None else norm_weight.contiguous(),
             x if residual is None else residual, out, count, rows, columns, groups, count_tiles,
             eps, x.stride(0), 0 if residual is None else residual.stride(0), BITS=bits,
-            GROUP=group, TURN=cut.columns // group, HALVES=2 if gated else cut.halves, ROWS=BLOCK,
-            EVEN=columns % group == 0, PARTS=parts, DOT=dot, NORM=norm_weight is not None,
-            GATED=gated, ADDED=residual is not None, CHAINED=TILING.chain and chains(x),
-            num_warps=cut.warps, maxnreg=cut.registers,
+            KIND=kind, GROUP=group, TURN=cut.columns // group, HALVES=2 if gated else cut.halves,
+            ROWS=BLOCK, EVEN=columns % group == 0, PARTS=parts, DOT=dot,
+            NORM=norm_weight is not None, GATED=gated, ADDED=residual is not None,
+            CHAINED=TILING.chain and chains(x), num_warps=cut.warps, maxnreg=cut.registers,
         )  # fmt: skip
     return out
 
@@ -375,7 +389,7 @@ def _(x: Tensor, tiles: Tensor, rows: int, *_: Any) -> Tensor:
 
 @operator("packed_dequantize")
 def dequantize(
-    tiles: Tensor, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype
+    tiles: Tensor, rows: int, columns: int, bits: int, kind: str, group: int, dtype: torch.dtype
 ) -> Tensor:
     """As `hymba.ops.packed.dequantize`."""
     out = torch.empty(rows, columns, dtype=dtype, device=tiles.device)
@@ -384,34 +398,37 @@ def dequantize(
         turn = min(256 // group, next_power_of_2(groups))
         launch(
             _dequantize_kernel, (len(tiles), cdiv(groups, turn)), *_words(tiles), out, rows,
-            columns, groups, BITS=bits, GROUP=group, TURN=turn, DOT=_exact(tiles), num_warps=4,
+            columns, groups, BITS=bits, KIND=kind, GROUP=group, TURN=turn, DOT=_exact(tiles),
+            num_warps=4,
         )  # fmt: skip
     return out
 
 
 @dequantize.register_fake
-def _(tiles: Tensor, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype) -> Tensor:
+def _(
+    tiles: Tensor, rows: int, columns: int, bits: int, kind: str, group: int, dtype: torch.dtype
+) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device=tiles.device)
 
 
 @operator("packed_rows")
 def _rows(
-    ids: Tensor, tiles: Tensor, columns: int, bits: int, group: int, dtype: torch.dtype
+    ids: Tensor, tiles: Tensor, columns: int, bits: int, kind: str, group: int, dtype: torch.dtype
 ) -> Tensor:
     out = torch.empty(len(ids), columns, dtype=dtype, device=tiles.device)
     if out.numel():
         groups = cdiv(columns, group)
         launch(
             _packed_rows_kernel, (len(ids),), ids.contiguous(), *_words(tiles), out, columns,
-            groups, BITS=bits, GROUP=group, GROUPS=next_power_of_2(groups), DOT=_exact(tiles),
-            CHAINED=TILING.chain and chains(tiles), num_warps=4,
+            groups, BITS=bits, KIND=kind, GROUP=group, GROUPS=next_power_of_2(groups),
+            DOT=_exact(tiles), CHAINED=TILING.chain and chains(tiles), num_warps=4,
         )  # fmt: skip
     return out
 
 
 @_rows.register_fake
 def _(
-    ids: Tensor, tiles: Tensor, columns: int, bits: int, group: int, dtype: torch.dtype
+    ids: Tensor, tiles: Tensor, columns: int, bits: int, kind: str, group: int, dtype: torch.dtype
 ) -> Tensor:
     return torch.empty(len(ids), columns, dtype=dtype, device=tiles.device)
 

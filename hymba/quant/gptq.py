@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hymba.ops import Packed
-from hymba.ops.packed import best_scales, grouped, pack, round_to
+from hymba.ops.packed import CODES, best_scales, grouped, pack, round_to
 from hymba.schemes import Scheme
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that were never seen
@@ -37,14 +37,14 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Packed:
     order = pad(hessian.diagonal(), (0, x.shape[1] - len(hessian))).argsort(descending=True)
     left, wide = x[:, order], scales[:, order // scheme.group]  # in the order of going
     factor = _factor(hessian, order)
-    codes = torch.empty_like(x, dtype=torch.int8)
+    codes = torch.empty_like(x, dtype=CODES[scheme.kind])
     for first in range(0, x.shape[1], BLOCK):
         part, steps = left[:, first : first + BLOCK], wide[:, first : first + BLOCK]
         own = factor[first : first + BLOCK, first : first + BLOCK]
         errors = torch.empty_like(part)
         for j in range(part.shape[1]):
             code = round_to(part[:, j, None], steps[:, j], scheme)[:, 0]
-            errors[:, j] = (part[:, j] - code * steps[:, j].float()) / own[j, j]
+            errors[:, j] = (part[:, j] - code.float() * steps[:, j].float()) / own[j, j]
             part[:, j + 1 :] -= errors[:, j, None] * own[j, j + 1 :]  # a view: paid in `left`
             codes[:, order[first + j]] = code
         left[:, first + BLOCK :] -= errors @ factor[first : first + BLOCK, first + BLOCK :]

@@ -1,4 +1,4 @@
-"""Products with packed matrices on a GPU, against the matrix written out: any size, both schemes.
+"""Products with packed matrices on a GPU, against the matrix written out: any size and scheme.
 
 Small sizes run on a CPU (kernels in Triton's interpreter), large ones on a GPU."""
 
@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from hymba import ops  # noqa: E402
 from hymba.ops import packed as plain  # noqa: E402
 from hymba.ops import packed_triton  # noqa: E402
-from hymba.ops.packed import Packed, dequantize, pack  # noqa: E402
+from hymba.ops.packed import Packed, decode, dequantize, pack  # noqa: E402
 from hymba.ops.packed_triton import MOST_ROWS, Cut, Tiling  # noqa: E402
 from hymba.schemes import SCHEMES, Scheme  # noqa: E402
 
@@ -35,9 +35,11 @@ def matrix(sizes: tuple[int, int], scheme: Scheme, device: str) -> Packed:
     generator = torch.Generator().manual_seed(rows + columns)
     groups = scheme.groups(columns)
     shape = rows, groups * scheme.group
-    codes = torch.randint(-scheme.most - 1, scheme.most + 1, shape, generator=generator)
+    raw = torch.randint(0, 2**scheme.bits, shape, generator=generator).to(torch.uint8)
+    if scheme.kind == "e4m3":
+        raw[raw & 127 == 127] = 0  # not numbers
     scales = torch.randn(rows, groups, generator=generator) / 50
-    packed = pack(codes.to(torch.int8), scales.half(), columns, scheme)
+    packed = pack(decode(raw, scheme), scales.half(), columns, scheme)
     return packed._replace(tiles=packed.tiles.to(device))
 
 
@@ -82,7 +84,7 @@ def test_rows_are_the_matrix_s_own(sizes: tuple[int, int], scheme: Scheme, devic
     ids = torch.tensor([rows - 1, 0, min(rows - 1, 31), rows // 2], device=device)
     assert torch.equal(packed_triton.packed_rows(ids, packed), plain.packed_rows(ids, packed))
     assert packed_triton.packed_rows(ids[:0], packed).shape == (0, columns)
-    how = scheme.bits, scheme.group
+    how = packed_triton.how(scheme)
     for dtype in (torch.float32, torch.float16):
         got = packed_triton.dequantize(packed.tiles, rows, columns, *how, dtype)
         assert torch.equal(got, dequantize(packed, dtype))

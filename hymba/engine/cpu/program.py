@@ -4,9 +4,10 @@ Weights and caches stay where they are, their addresses are noted; small constan
 are copied, wide and padded. So a program is of weights that an engine holds still, and prefill by
 torch and steps by the program share one cache: slots come and go between them.
 
-`why_not` says what is left to torch: a model without packed weights, with hooks or adapters or
-modules that are not ours, with K/V in other than float32 and bfloat16, or with states in other than
-float32; gate and up projections kept in different ways; a CPU or a Python without the kernels.
+`why_not` says what is left to torch: a model without packed weights or with packed floats (fp8),
+with hooks or adapters or modules that are not ours, with K/V in other than float32 and bfloat16, or
+with states in other than float32; gate and up projections kept in different ways; a CPU or a Python
+without the kernels.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def why_not(model: LanguageModel, store: Store) -> str:
         if isinstance(module, PackedLinear | PackedEmbedding):
             name_of, group = module.scheme.name, module.scheme.group
             if (name_of, False) not in KINDS or SPAN % group:
-                return f"{name} is packed as {name_of}"
+                return f"{name} is packed as {name_of}, which has no kernels here (int8 has)"
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.uint8) or not parameter.is_contiguous():
             return f"{name} is {parameter.dtype}"

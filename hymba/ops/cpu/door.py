@@ -42,8 +42,8 @@ def _known_cpu() -> bool:
 
 
 def packed_linear(x: Tensor, packed_: Packed) -> Tensor:
-    """x (N, columns) -> (N, rows); see hymba/ops/cpu/tiles.py."""
-    if not _takes(x, packed_.tiles):
+    """x (N, columns) -> (N, rows); see hymba/ops/cpu/tiles.py. It multiplies whole codes only."""
+    if packed_.scheme.kind != "int" or not _takes(x, packed_.tiles):
         return packed.packed_linear(x, packed_)
     from hymba.ops.cpu import tiles
 

@@ -440,6 +440,8 @@ def packed_linear(x: Tensor, packed: Packed, exact: bool | None = None) -> Tenso
     tiles, rows, columns, scheme = packed
     if x.shape[1] != columns:
         raise ValueError(f"packed_linear: x has {x.shape[1]} columns where {columns} are needed")
+    if scheme.kind != "int":
+        raise ValueError(f"packed_linear: {scheme.name} has no whole codes")
     exact = exact_asked() if exact is None else exact
     groups, count = scheme.groups(columns), len(x)
     wide = x.detach().float() if x.dtype != torch.float32 else x
