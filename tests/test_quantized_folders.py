@@ -76,11 +76,13 @@ def test_a_packed_model_says_what_its_rounded_matrices_say(
     forget()
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    ("name", "scheme"), [*((name, "int4") for name in PLANS), ("hymba", "int8"), ("hymba", "fp8")]
+)
 def test_a_quantised_folder_is_lossless_mapped_and_small(
-    kept: Callable[[str], Path], name: str, tmp_path: Path
+    kept: Callable[[str], Path], name: str, scheme: str, tmp_path: Path
 ) -> None:
-    packed = weights.load(kept(name), quantize="int4")
+    packed = weights.load(kept(name), quantize=scheme)
     weights.save(packed, tmp_path / "q")
     again = weights.load(tmp_path / "q")
     mine, theirs = packed.state_dict(), again.state_dict()
@@ -89,6 +91,8 @@ def test_a_quantised_folder_is_lossless_mapped_and_small(
         assert x.dtype == theirs[key].dtype and torch.equal(x, theirs[key]), key
     assert all(x.data_ptr() % 64 == 0 for k, x in theirs.items() if k.endswith(".tiles"))
     assert torch.equal(said(packed), said(again))
+    described = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]
+    assert described["scheme"] == scheme and scheme in described["modules"]
     weights.save(again, tmp_path / "r")
     one, two = (tmp_path / n / "model.safetensors" for n in "qr")
     assert one.read_bytes() == two.read_bytes()
@@ -102,7 +106,7 @@ def test_a_tied_head_is_kept_once_also_after_a_move(kept: Callable[[str], Path])
     assert head.tiles is embedding.tiles and packed.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.28), ("int4", 0.17)])
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.28), ("fp8", 0.28), ("int4", 0.17)])
 def test_the_released_shape_fits_the_bounds(scheme: str, most: float) -> None:
     config = Config.preset("hymba-1.5b")
     with torch.device("meta"):
@@ -134,7 +138,7 @@ def test_what_cannot_be_read_is_refused(kept: Callable[[str], Path], tmp_path: P
     weights.save(weights.load(folder, quantize="int4"), q)
     assert "is in int4 already" in fault(lambda: weights.load(q, quantize="int8"))
     assert schemes_of(weights.load(q, quantize="int4"))
-    assert "int8, int4" in fault(lambda: weights.load(folder, quantize="fp3"))
+    assert "int4, fp8; did you mean fp8" in fault(lambda: weights.load(folder, quantize="fp3"))
     whole = json.loads((q / "config.json").read_text())
 
     def with_keys(**keys: object) -> str:
@@ -196,8 +200,9 @@ def test_quantize_then_generate_says_the_same_as_quantising_when_loading(
     assert "in int8" in capsys.readouterr().out.splitlines()[0]
 
 
-def test_the_engine_gives_a_packed_model_s_rows_alone_and_together() -> None:
-    llm = LLM(LAB / "hymba", device="cpu", quantize="int4")
+@pytest.mark.parametrize("scheme", ["int4", "fp8"])
+def test_the_engine_gives_a_packed_model_s_rows_alone_and_together(scheme: str) -> None:
+    llm = LLM(LAB / "hymba", device="cpu", quantize=scheme)
     prompts = ["import os\n", "class Node:\n    def", "x = ["]
     sampling = Sampling(max_tokens=24)
     together = [out.text for out in llm.generate(prompts, sampling)]

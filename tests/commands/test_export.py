@@ -72,6 +72,16 @@ def test_a_quantised_folder_keeps_its_codes(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+def test_codes_that_are_floats_are_refused(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path
+) -> None:
+    """Before a model is loaded; and where the folder has them."""
+    fails(run("--quantize", "fp8"), "those of fp8 are floats", "--quantize int8")
+    assert cli.main(["quantize", str(folder), str(tmp_path / "fp8"), "--scheme", "fp8"]) == 0
+    assert "those of fp8 are floats" in run(model=tmp_path / "fp8").err
+    assert not (tmp_path / "out").exists()
+
+
 def test_activations_are_chosen(run: Callable[..., Ran], tmp_path: Path) -> None:
     import onnx
 

@@ -232,6 +232,7 @@ def test_what_is_left_to_torch(lively: Lively, made: Any) -> None:
     assert "decoder.layers.1.mlp has hooks" in why_not(hooked, store)
     mixed = pair(lively, CONFIGS["llama"], "int8", but=["up_proj"]).packed
     assert "gate and up" in why_not(mixed, store)
+    assert "packed as fp8" in why_not(pair(lively, CONFIGS["llama"], "fp8").packed, store)
     half = store_for(made("mamba", "int8").wide, 2)
     half.states = [x.half() for x in half.states]
     assert "states" in why_not(made("mamba", "int8").packed, half)

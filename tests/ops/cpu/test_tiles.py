@@ -16,7 +16,14 @@ from hymba.ops.backend import forget
 from hymba.ops.cpu import tiles
 from hymba.ops.cpu.team import Team
 from hymba.ops.cpu.tiles import packed_linear, packed_linear_int8_reference
-from hymba.ops.packed import Packed, dequantize, pack
+from hymba.ops.packed import (
+    Packed,
+    _name_faster,
+    dequantize,
+    pack,
+    packed_linear_reference,
+    quantize,
+)
 from hymba.schemes import SCHEMES, Scheme
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
@@ -149,6 +156,18 @@ def test_no_rows(scheme: Scheme) -> None:
 def test_columns_must_fit() -> None:
     with pytest.raises(ValueError, match="x has 101 columns where 100 are needed"):
         packed_linear(torch.ones(1, 101), matrix(40, 100, SCHEMES["int4"]))
+
+
+def test_floats_go_the_slow_way_and_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    _name_faster.cache_clear()
+    x, packed = activations(2, 100), quantize(activations(40, 100), SCHEMES["fp8"])
+    with pytest.raises(ValueError, match="fp8 has no whole codes"):
+        packed_linear(x, packed)
+    for _ in range(2):
+        assert torch.equal(ops.packed_linear(x, packed), packed_linear_reference(x, packed))
+    assert [record.getMessage() for record in caplog.records] == [
+        "hymba: fp8 is slow on a CPU: take int8, as small and nearer"
+    ]
 
 
 @pytest.mark.parametrize("scheme", [Scheme("a", 4, 8), Scheme("b", 2, 32)], ids=str)
