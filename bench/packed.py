@@ -3,12 +3,13 @@
 whole decode step?
 
 First every matrix of the model is checked against float64, in every scheme: nothing that is wrong
-gets a speed. Then each is timed for 1, 2, 4 and 8 rows as a decode step meets it: in a CUDA graph
-of one product after the other, of as many copies as do not fit in the second-level cache. "share"
-is of the bandwidth that the same run measured, for the packed bytes. Beside it torch's product with
-the bfloat16 matrix and PyTorch's own 4-bit product (the kernel behind torchao's int4). In the end
-the model with random weights through the engine: a decode step in bfloat16 and in each scheme,
-sampling and reading of tokens included, and the GPU's memory.
+gets a speed. Then each is timed for 1, 2, 4 and 8 rows as a decode step meets it, with the norm or
+the sum around it: in a CUDA graph of one product after the other, of as many copies as do not fit
+in the second-level cache. "share" is of the bandwidth that the same run measured, for the packed
+bytes. Beside it what the same model does in bfloat16, and PyTorch's own 4-bit product (the kernel
+behind torchao's int4) with nothing around it. In the end the model with random weights through the
+engine: a decode step in bfloat16 and in each scheme, sampling and reading of tokens included, and
+the GPU's memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +32,10 @@ from torch import Tensor
 from bench import engine, gpu
 from bench.gpu import Stopwatch, attempt, relative_error, rounded
 from bench.model import breakdown, build, largest_lines, parts_line
+from hymba import ops
 from hymba.config import Config
 from hymba.model.accounting import step_bytes
-from hymba.model.decoder import LanguageModel
+from hymba.model.decoder import LanguageModel, _product
 from hymba.model.packed import _Tiles, make_room, plan
 from hymba.ops import Packed, packed
 from hymba.schemes import SCHEMES, Scheme, scheme_named
@@ -43,15 +46,14 @@ EXAMPLES = """examples:
   python -m bench.packed --schemes int4 --batches 1,8 --skip engine
 """
 PARTS = ("matrices", "peers", "engine")
-MATRICES = (  # rows and columns: into the branches, out of them, gate and up, down, head, dt B C
-    (10000, 1600),
-    (1600, 3200),
-    (11008, 1600),
-    (5504, 1600),
-    (1600, 5504),
-    (32001, 1600),
-    (132, 3200),
-)
+MATRICES = {  # of a layer and the head: rows, columns, and what a step has around the product
+    "into the branches": (10000, 1600, "norm"),
+    "out of them": (1600, 3200, "fuse"),
+    "gate and up": (11008, 1600, "gated"),
+    "down": (1600, 5504, "add"),
+    "dt, B, C": (132, 3200, ""),
+    "head": (32001, 1600, "norm"),
+}
 CHECKED = (
     (1600, 5504),
     (11008, 1600),
@@ -62,10 +64,11 @@ CHECKED = (
     (70, 129),
 )
 ROTATED_BYTES = 256 << 20  # several times any second-level cache
+EPS = 1e-6
 ALLOWED = 4e-3  # of float64's result: a bfloat16 result's own rounding is 1.7e-3
-# How a product may be cut (halves of a tile, columns of a turn, warps, registers).
-MANY = ((2, 512, 4, None), (2, 512, 4, 128), (2, 256, 4, None), (1, 512, 4, None))
-FEW = ((1, 2048, 8, None), (1, 2048, 8, 128), (1, 1024, 8, None), (1, 2048, 16, 128))
+# How a product may be cut (warps, groups of 32 columns ahead).
+MANY = ((4, 3), (4, 4), (4, 7), (8, 2), (8, 4))
+FEW = ((8, 7), (16, 4), (16, 6), (16, 7), (32, 3))
 
 
 def random_tiles(rows: int, columns: int, scheme: Scheme, device: str = "cuda") -> Tensor:
@@ -87,6 +90,11 @@ def random_packed(rows: int, columns: int, scheme: Scheme) -> Packed:
 
 def activations(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+
+
+def weights_of(columns: int) -> Tensor:
+    """A norm's."""
+    return activations(1, columns)[0]
 
 
 class Bench:
@@ -133,8 +141,7 @@ class Bench:
         }
         ids = torch.tensor([rows - 1, 0, rows // 2], device="cuda")
         same["looked up"] = torch.equal(packed_triton.packed_rows(ids, held), weight[ids])
-        how = packed_triton.how(held.scheme)
-        written = packed_triton.dequantize(held.tiles, rows, columns, *how, torch.float32)
+        written = packed_triton.dequantize(held)
         same["written out"] = torch.equal(written, weight)
         limit = {what: self._allowed(what) for what in errors}
         right = all(e <= limit[count] for count, e in errors.items())
@@ -173,6 +180,12 @@ class Bench:
                     packed_triton.packed_norm_swiglu(x[:count], norm, 1e-6, held),
                     F.silu(gate) * up,
                 ),
+                "fuse": (
+                    packed_triton.packed_fuse_linear(
+                        x[:count], -2 * x[:count], norm, norm, 1e-6, held, more
+                    ),
+                    more.double(),
+                ),
                 "add": (
                     packed_triton.packed_linear_add(x[:count], held, more),
                     wide @ weight.double().T + more.double(),
@@ -197,43 +210,53 @@ class Bench:
     def copies(self, nbytes: int) -> int:
         return max(3, min(64, math.ceil(ROTATED_BYTES / nbytes)))
 
-    def ours(self, rows: int, columns: int, scheme: Scheme, count: int) -> tuple[float, int]:
+    def ours(self, what: str, scheme: Scheme, count: int) -> tuple[float, int]:
         """(microseconds, bytes)"""
-        from hymba.ops import packed_triton
+        from hymba.ops import packed_triton as ops
 
+        rows, columns, around = MATRICES[what]
         first = random_packed(rows, columns, scheme)
         held = [
             first._replace(tiles=first.tiles.clone())
             for _ in range(self.copies(first.tiles.nbytes))
         ]
-        x = activations(count, columns)
-        works = [lambda p=p: packed_triton.packed_linear(x, p) for p in held]
+        x, y, norm = activations(count, columns), activations(count, columns), weights_of(columns)
+        residual = activations(count, rows)
+        calls = {
+            "": lambda w: ops.packed_linear(x, w),
+            "norm": lambda w: ops.packed_norm_linear(x, norm, EPS, w),
+            "gated": lambda w: ops.packed_norm_swiglu(x, norm, EPS, w),
+            "add": lambda w: ops.packed_linear_add(x, w, residual),
+            "fuse": lambda w: ops.packed_fuse_linear(x, y, norm, norm, EPS, w, residual),
+        }
+        works = [partial(calls[around], w) for w in held]
         return self.microseconds(works), first.tiles.nbytes
 
     def matrices(self, good: dict[str, bool]) -> None:
-        for rows, columns in MATRICES:
-            plain = attempt(
-                f"bfloat16 {rows} x {columns}", lambda r=rows, c=columns: self.plain(r, c)
-            )
+        for what in MATRICES:
+            plain = attempt(f"bfloat16 {what}", lambda w=what: self.plain(w))
             for scheme in self.schemes:
                 if not good[scheme.name]:
                     continue
                 for count in self.options.batches:
-                    what = scheme.name, rows, columns, count
-                    row = attempt(f"{what}", lambda what=what: self.row(*what))
+                    row = attempt(
+                        f"{scheme.name} {what}",
+                        lambda w=what, s=scheme.name, n=count: self.row(s, w, n),
+                    )
                     if row is not None:
                         row["bfloat16_us"] = (plain or {}).get(count)
                         self.report.add(row)
                         print(self.line(row), flush=True)
             if "peers" not in self.options.skip:
-                attempt(f"peers {rows} x {columns}", lambda r=rows, c=columns: self.peers(r, c))
+                attempt(f"peers {what}", lambda w=what: self.peers(w))
 
-    def row(self, name: str, rows: int, columns: int, count: int) -> dict[str, Any]:
-        us, nbytes = self.ours(rows, columns, scheme_named(name), count)
+    def row(self, name: str, what: str, count: int) -> dict[str, Any]:
+        us, nbytes = self.ours(what, scheme_named(name), count)
         rate = nbytes / us * 1e6
         return {
             "scheme": name,
-            "matrix": [rows, columns],
+            "what": what,
+            "matrix": list(MATRICES[what][:2]),
             "rows": count,
             "us": rounded(us),
             "bytes": nbytes,
@@ -242,27 +265,52 @@ class Bench:
         }
 
     def line(self, row: dict[str, Any]) -> str:
-        rows, columns = row["matrix"]
         plain = row.get("bfloat16_us")
-        times = f", {plain / row['us']:.2f}x torch's bfloat16 ({plain} us)" if plain else ""
+        times = f", {plain / row['us']:.2f}x our bfloat16 ({plain} us)" if plain else ""
         return (
-            f"{row['scheme']:5} {rows:6} x {columns:5} rows {row['rows']:2} {row['us']:8.2f} us"
+            f"{row['scheme']:5} {row['what']:18} rows {row['rows']:2} {row['us']:8.2f} us"
             f" {row['gb_per_s']:6.0f} GB/s {row['share']:5.1%}{times}"
         )
 
-    def plain(self, rows: int, columns: int) -> dict[int, float]:
-        """torch's product with the same matrix in bfloat16: us by rows."""
+    def plain(self, what: str) -> dict[int, float]:
+        """What the same model does in bfloat16 (`Block.step`): us by rows."""
+        rows, columns, around = MATRICES[what]
         count = self.copies(2 * rows * columns)
         held = [activations(rows, columns) for _ in range(count)]
         found = {}
         for n in self.options.batches:
-            x = activations(n, columns)
-            us = self.microseconds([lambda w=w, x=x: F.linear(x, w) for w in held])
-            found[n] = rounded(us)
+            call = self._thin(around, n, rows, columns) if n <= ops.THIN_ROWS else None
+            call = call or self._library(around, n, rows, columns)
+            found[n] = rounded(self.microseconds([partial(call, w) for w in held]))
         return found
 
-    def peers(self, rows: int, columns: int) -> None:
-        """PyTorch's 4-bit product with groups of 32 columns."""
+    @staticmethod
+    def _thin(around: str, n: int, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+        x, y, norm = activations(n, columns), activations(n, columns), weights_of(columns)
+        residual = activations(n, rows)
+        return {
+            "": lambda w: ops.linear(x, w),
+            "norm": lambda w: ops.norm_linear(x, norm, EPS, w),
+            "gated": lambda w: ops.norm_swiglu(x, norm, EPS, *w.chunk(2)),
+            "add": lambda w: ops.linear_add(x, w, residual),
+            "fuse": lambda w: ops.fuse_linear(x, y, norm, norm, EPS, w, residual),
+        }[around]
+
+    @staticmethod
+    def _library(around: str, n: int, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+        x, y, norm = activations(n, columns), activations(n, columns), weights_of(columns)
+        residual = activations(n, rows)
+        return {
+            "": lambda w: ops.narrow_linear(x, w),
+            "norm": lambda w: _product(ops.rms_norm(x, norm, EPS), w),
+            "gated": lambda w: ops.swiglu(*(ops.rms_norm(x, norm, EPS) @ w.T).chunk(2, dim=-1)),
+            "add": lambda w: residual.addmm_(x, w.T),
+            "fuse": lambda w: residual.addmm_(ops.fuse_heads(x, y, norm, norm, EPS), w.T),
+        }[around]
+
+    def peers(self, what: str) -> None:
+        """PyTorch's 4-bit product with groups of 32 columns, nothing around it."""
+        rows, columns, _ = MATRICES[what]
         if rows % 8 or columns % 64:
             return
         aten = torch.ops.aten
@@ -275,32 +323,31 @@ class Bench:
             us = self.microseconds(
                 [lambda w=w, x=x: aten._weight_int4pack_mm(x, w, 32, scales) for w in held]
             )
-            row = {"name": "aten int4", "matrix": [rows, columns], "rows": n, "us": rounded(us)}
+            row = {"name": "aten int4", "what": what, "rows": n, "us": rounded(us)}
             self.report.add(row, to="peers")
-            print(f"  aten int4 {rows:6} x {columns:5} rows {n:2} {us:8.2f} us", flush=True)
+            print(f"  aten int4, alone, {what} rows {n:2} {us:8.2f} us", flush=True)
 
     # ---- how to cut
 
     def tune(self) -> None:
-        """Try all cuts on some matrices of both kinds; the best on average goes on."""
-        from hymba.ops import packed_triton
-        from hymba.ops.packed_triton import Cut
+        """Try all cuts on matrices of both kinds; the best on average goes on."""
+        from hymba.ops import packed_cuda
+        from hymba.ops.packed_cuda import Cut
 
         places = (
-            ("many", MANY, ((10000, 1600), (5504, 1600))),
-            ("few", FEW, ((1600, 3200), (1600, 5504))),
+            ("many", MANY, ("into the branches", "gate and up", "head")),
+            ("few", FEW, ("out of them", "down", "dt, B, C")),
         )
         for place, cuts, matrices in places:
             found: dict[Cut, float] = {}
             for cut in (Cut(*cut) for cut in cuts):
-                packed_triton.TILING = packed_triton.TILING._replace(**{place: cut})
+                packed_cuda.TILING = packed_cuda.TILING._replace(**{place: cut})
                 us = {
-                    f"{scheme.name} {rows} x {columns}, {count}": attempt(
-                        f"{cut}",
-                        lambda a=(rows, columns, scheme, count): rounded(self.ours(*a)[0]),
+                    f"{scheme.name} {what}, {count}": attempt(
+                        f"{cut}", lambda a=(what, scheme, count): rounded(self.ours(*a)[0])
                     )
                     for scheme in self.schemes
-                    for rows, columns in matrices
+                    for what in matrices
                     for count in (1, 8)
                 }
                 self.report.add({"place": place, "cut": list(cut), "us": us}, to="cuts")
@@ -309,9 +356,9 @@ class Bench:
                     found[cut] = math.prod(us.values()) ** (1 / len(us))  # type: ignore[arg-type]
             if found:
                 best = min(found, key=found.__getitem__)
-                packed_triton.TILING = packed_triton.TILING._replace(**{place: best})
-        print(f"going on with {packed_triton.TILING}", flush=True)
-        self.report.put(tiling=str(packed_triton.TILING))
+                packed_cuda.TILING = packed_cuda.TILING._replace(**{place: best})
+        print(f"going on with {packed_cuda.TILING}", flush=True)
+        self.report.put(tiling=str(packed_cuda.TILING))
 
     # ---- the engine
 
@@ -424,7 +471,7 @@ def main(argv: list[str] | None = None) -> int:
     options = read(argv)
     gpu.need_cuda("bench/packed.py")
     from bench.ceilings import copy_bandwidth, read_bandwidth
-    from hymba.ops import packed_triton
+    from hymba.ops import packed_cuda
 
     torch.manual_seed(0)
     begin, watch = time.perf_counter(), Stopwatch(0.05)
@@ -433,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
         "read_bytes_per_s": rounded(read_bandwidth(watch)),
         "copy_bytes_per_s": rounded(copy_bandwidth(watch)),
     }
-    report.put(ceilings=ceilings, tiling=str(packed_triton.TILING))
+    report.put(ceilings=ceilings, tiling=str(packed_cuda.TILING))
     torch.cuda.empty_cache()
     bandwidth = max(ceilings.values())
     print(f"{report.data['device']}: bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)

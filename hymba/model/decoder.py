@@ -27,7 +27,7 @@ from hymba.model.hybrid import Before, Block, Left
 from hymba.model.layers import MetaTokens, RMSNorm, rope_tables
 from hymba.model.memo import fingerprint
 from hymba.model.packed import PackedLinear
-from hymba.model.ssm import is_matrix, is_packed
+from hymba.model.ssm import is_matrix, is_packed, matrix_of
 from hymba.ops import Packed
 
 
@@ -223,6 +223,8 @@ class LanguageModel(nn.Module):
     def step(self, rows: Tensor, lengths: Tensor, layers: Sequence[Held]) -> Tensor:
         """A decode step, `Decoder.step`, and the logits (S, V) after it."""
         x, norm = self.decoder.step(rows, lengths, layers), self.decoder.final_norm
+        if is_packed(self.lm_head):
+            return ops.packed_norm_linear(x, norm.weight, norm.eps, matrix_of(self.lm_head))
         if not is_matrix(self.lm_head):
             return self.logits(norm(x))
         if len(x) <= ops.THIN_ROWS:

@@ -242,8 +242,13 @@ class Block(nn.Module):
         """`step` with matrices in few bits, each product with its neighbours."""
         norm, mixer, mlp = self.input_norm, self.mixer, self.mlp
         rows = ops.packed_norm_linear(x, norm.weight, norm.eps, matrix_of(mixer.in_proj))
-        outs = mixer.step(rows, rope, now)
-        x = ops.packed_linear_add(mixer.fuse(outs), matrix_of(mixer.out_proj), x)
+        outs, back = mixer.step(rows, rope, now), matrix_of(mixer.out_proj)
+        weights = mixer.weights_of_mean()
+        if weights is None:
+            x = ops.packed_linear_add(mixer.fuse(outs), back, x)
+        else:
+            attention, ssm = outs
+            x = ops.packed_fuse_linear(attention, ssm, *weights, norm.eps, back, x)
         if mlp is None or self.mlp_norm is None:
             return x
         if not isinstance(now.gate_up, Packed):

@@ -39,6 +39,7 @@ __all__ = [
     "narrow_linear",
     "norm_linear",
     "norm_swiglu",
+    "packed_fuse_linear",
     "packed_linear",
     "packed_linear_add",
     "packed_norm_linear",
@@ -305,6 +306,25 @@ def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
     _fit("packed_linear_add", x=(x.shape[1], packed.columns), residual=(len(residual), len(x)))
     _fit("packed_linear_add", residual=(residual.shape[1], packed.rows))
     return twin("packed_linear_add", x)(x, packed, residual)
+
+
+def packed_fuse_linear(
+    attention: Tensor,
+    ssm: Tensor,
+    attention_weight: Tensor,
+    ssm_weight: Tensor,
+    eps: float,
+    packed: Packed,
+    residual: Tensor,
+) -> Tensor:
+    """residual + packed_linear(fuse_heads(attention, ssm), packed), without gradients: attention,
+    ssm (S, columns), residual (S, rows) -> (S, rows)."""
+    name, width = "packed_fuse_linear", packed.columns
+    _fit(name, attention=(attention.shape[1], width), ssm=(ssm.numel(), attention.numel()))
+    _fit(name, weight=(len(attention_weight), width), ssm_weight=(len(ssm_weight), width))
+    _fit(name, rows=(len(residual), len(attention)), residual=(residual.shape[1], packed.rows))
+    op = twin(name, attention)
+    return op(attention, ssm, attention_weight, ssm_weight, eps, packed, residual)
 
 
 def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:

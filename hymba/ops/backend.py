@@ -70,6 +70,7 @@ def twin(op: str, x: Tensor) -> Callable[..., Any]:
 
 ON_CPU = {  # what ops/cpu/ has
     "causal_conv",
+    "packed_fuse_linear",
     "packed_linear",
     "packed_linear_add",
     "packed_norm_linear",
@@ -90,6 +91,7 @@ FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
     "narrow_linear": "thin",
     "norm_linear": "thin",
     "norm_swiglu": "thin",
+    "packed_fuse_linear": "packed",
     "packed_linear": "packed",
     "packed_linear_add": "packed",
     "packed_norm_linear": "packed",

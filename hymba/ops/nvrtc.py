@@ -78,7 +78,7 @@ _rooms: dict[tuple[str, int], int] = {}  # of kernels and devices: shared memory
 
 
 def _make_room(kernel: Any, name: str, shared: int, index: int) -> None:
-    """Ask for dynamic shared memory: beyond 48 KiB in all, static included, it is not given else."""
+    """Ask for dynamic shared memory; without, 48 KiB are the most, static memory included."""
     if shared <= _rooms.get((name, index), 0):
         return
     from cuda.bindings import driver

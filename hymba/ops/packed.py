@@ -215,3 +215,17 @@ def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Pack
 def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
     """x (S, columns), residual (S, rows) -> (S, rows)."""
     return residual + packed_linear(x, packed)
+
+
+def packed_fuse_linear(
+    attention: Tensor,
+    ssm: Tensor,
+    attention_weight: Tensor,
+    ssm_weight: Tensor,
+    eps: float,
+    packed: Packed,
+    residual: Tensor,
+) -> Tensor:
+    """attention, ssm (S, columns), their norms' weights, residual (S, rows) -> (S, rows)."""
+    fused = norms.fuse_heads(attention, ssm, attention_weight, ssm_weight, eps)
+    return packed_linear_add(fused, packed, residual)

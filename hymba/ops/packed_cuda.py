@@ -46,15 +46,13 @@ class Input(NamedTuple):
     norm: Tensor | None = None
 
 
-def supports(packed: Packed, *inputs: Tensor) -> bool:
-    """Whether the source serves such tensors: whole codes, rows in whole pieces of 16 bytes."""
-    served = packed.scheme.kind == "int" and packed.columns % 8 == 0
-    return served and all(map(_fits, inputs)) and nvrtc.present()
-
-
-def _fits(x: Tensor) -> bool:
-    whole = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.stride(-1) == 1 and whole
+def supports(packed: Packed, inputs: list[Input], residual: Tensor | None) -> bool:
+    """Whether the source serves such tensors: bfloat16, rows in whole pieces of 16 bytes."""
+    given = [x for x in (*(x for pair in inputs for x in pair), residual) if x is not None]
+    right = all(x.is_cuda and x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in given)
+    read = [x for pair in inputs for x in pair if x is not None]
+    whole = all(x.data_ptr() % 16 == 0 and (x.ndim == 1 or x.stride(0) % 8 == 0) for x in read)
+    return packed.columns % 8 == 0 and right and whole and nvrtc.present()
 
 
 def product(
@@ -76,11 +74,12 @@ def product(
     flags = (inputs[0].norm is not None, gated, residual is not None, chained)
     even = packed.columns % scheme.group == 0
     numbers = scheme.group, even, len(inputs), *flags, eights, warps, ahead
+    kind = "FP8" if scheme.kind == "e4m3" else f"INT{scheme.bits}"
     shape = ",".join(str(int(number)) for number in numbers)
     out = x.new_empty(count, rows)
     ends = [(i.rows, i.norm, np.int64(i.rows.stride(0))) for i in (inputs[0], inputs[-1])]
     nvrtc.launch(
-        _source, f"packed_product<Shape<{scheme.name.upper()},{shape}>>",
+        _source, f"packed_product<Shape<{kind},{shape}>>",
         (blocks, cdiv(count, 8 * eights), 1), 32 * warps, 0, x.device,
         *ends[0], *ends[1], packed.tiles, residual,
         np.int64(0 if residual is None else residual.stride(0)), out,

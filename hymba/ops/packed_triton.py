@@ -40,12 +40,12 @@ from torch import Tensor
 from hymba.ops import packed_cuda
 from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2, operator
 from hymba.ops.chain_triton import wait
-from hymba.ops.norm_triton import rms_norm
+from hymba.ops.norm_triton import fuse_heads, rms_norm
 from hymba.ops.packed import TILE, Packed
 from hymba.ops.packed_cuda import Input
 from hymba.ops.step_triton import dot_type
 from hymba.ops.swiglu_triton import swiglu
-from hymba.schemes import SCHEMES, Scheme
+from hymba.schemes import SCHEMES
 
 MOST_ROWS = 32
 PROCESSORS = 132  # of an H100 or H200
@@ -267,45 +267,58 @@ def _packed_rows_kernel(
 
 def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """As `hymba.ops.packed.packed_linear_reference`, without gradients."""
-    tiles, rows, columns, scheme = packed
     if len(x) > MOST_ROWS:
-        return F.linear(x, dequantize(tiles, rows, columns, *how(scheme), x.dtype))
-    return _thin(x, tiles, rows, columns, *how(scheme))
+        return F.linear(x, dequantize(packed, x.dtype))
+    return _product(packed, x)
 
 
 def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, packed: Packed) -> Tensor:
     """As `hymba.ops.packed.packed_norm_linear`."""
     if len(x) > MOST_ROWS:
         return packed_linear(rms_norm(x, norm_weight, eps), packed)
-    tiles, rows, columns, scheme = packed
-    return _thin(x, tiles, rows, columns, *how(scheme), norm_weight, eps)
+    return _product(packed, x, norm_weight, eps)
 
 
 def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Packed) -> Tensor:
     """As `hymba.ops.packed.packed_norm_swiglu`."""
     if len(x) > MOST_ROWS:
         return swiglu(*packed_norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1))
-    tiles, rows, columns, scheme = gate_up
-    return _thin(x, tiles, rows // 2, columns, *how(scheme), norm_weight, eps, gated=True)
+    return _product(gate_up, x, norm_weight, eps, gated=True)
+
+
+def packed_fuse_linear(
+    attention: Tensor,
+    ssm: Tensor,
+    attention_weight: Tensor,
+    ssm_weight: Tensor,
+    eps: float,
+    packed: Packed,
+    residual: Tensor,
+) -> Tensor:
+    """As `hymba.ops.packed.packed_fuse_linear`."""
+    if len(attention) > MOST_ROWS:
+        fused = fuse_heads(attention, ssm, attention_weight, ssm_weight, eps)
+        return packed_linear_add(fused, packed, residual)
+    return _product(
+        packed, attention, attention_weight, eps, residual, other=ssm, other_norm=ssm_weight
+    )
 
 
 def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
     """As `hymba.ops.packed.packed_linear_add`."""
     if len(x) > MOST_ROWS:
         return residual + packed_linear(x, packed)
-    tiles, rows, columns, scheme = packed
-    return _thin(x, tiles, rows, columns, *how(scheme), residual=residual)
+    return _product(packed, x, residual=residual)
 
 
 def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `hymba.ops.packed.packed_rows`."""
-    tiles, _, columns, scheme = packed
-    return _rows(ids, tiles, columns, *how(scheme), dtype)
+    return _rows(ids, packed.tiles, packed.columns, packed.scheme.name, dtype)
 
 
-def how(scheme: Scheme) -> tuple[int, str, int]:
-    """What an operator is told of it."""
-    return scheme.bits, scheme.kind, scheme.group
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As `hymba.ops.packed.dequantize`."""
+    return _dequantize(packed.tiles, packed.rows, packed.columns, packed.scheme.name, dtype)
 
 
 def _words(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,49 +333,80 @@ def cut_of(rows: int, groups: int, group: int) -> Cut:
     return cut._replace(columns=turn * group, warps=min(cut.warps, max(1, turn)))
 
 
-def _thin(
+def _product(
+    packed: Packed,
     x: Tensor,
-    tiles: Tensor,
-    rows: int,
-    columns: int,
-    bits: int,
-    kind: str,
-    group: int,
-    norm_weight: Tensor | None = None,
+    norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
+    other: Tensor | None = None,
+    other_norm: Tensor | None = None,
 ) -> Tensor:
+    tiles, rows, columns, scheme = packed
     return _operator(
-        x, tiles, rows, columns, bits, kind, group, norm_weight, eps, residual, gated
+        tiles, rows, columns, scheme.name, x, norm, eps, residual, gated, other, other_norm
     )  # fmt: skip
 
 
 @operator("packed_linear")
 def _operator(
-    x: Tensor,
     tiles: Tensor,
     rows: int,
     columns: int,
-    bits: int,
-    kind: str,
-    group: int,
-    norm_weight: Tensor | None,
+    scheme: str,
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    other: Tensor | None,
+    other_norm: Tensor | None,
+) -> Tensor:
+    """x (N, columns) -> (N, rows): residual + F.linear(rms_norm(x), matrix), both if given, or the
+    mean with the norm of `other`; gated: (N, rows / 2), the first half of the rows through swiglu
+    with the second."""
+    packed = Packed(tiles, rows, columns, SCHEMES[scheme])
+    x, residual = dense_last(x), None if residual is None else dense_last(residual)
+    inputs = [Input(x, norm)]
+    if other is not None:
+        inputs.append(Input(dense_last(other), other_norm))
+    if x.numel() and packed_cuda.supports(packed, inputs, residual):
+        return packed_cuda.product(packed, inputs, eps, residual, gated)
+    if other is not None and norm is not None and other_norm is not None:
+        x, norm = fuse_heads(x, other, norm, other_norm, eps), None
+    return _thin(packed, x, norm, eps, residual, gated)
+
+
+@_operator.register_fake
+def _(
+    tiles: Tensor,
+    rows: int,
+    columns: int,
+    scheme: str,
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    *_: Any,
+) -> Tensor:
+    return x.new_empty(len(x), rows // 2 if gated else rows)
+
+
+def _thin(
+    packed: Packed,
+    x: Tensor,
+    norm: Tensor | None,
     eps: float,
     residual: Tensor | None,
     gated: bool,
 ) -> Tensor:
-    """x (N, columns) -> (N, rows): residual + F.linear(rms_norm(x), matrix), both if given; or, of
-    two matrices of so many rows one behind the other, the first through swiglu with the second."""
-    x, count = dense_last(x), len(x)
-    residual = None if residual is None else dense_last(residual)
-    scheme = next(s for s in SCHEMES.values() if how(s) == (bits, kind, group))
-    packed = Packed(tiles, 2 * rows if gated else rows, columns, scheme)
-    if x.numel() and packed_cuda.supports(packed, x):
-        return packed_cuda.product(packed, [Input(x, norm_weight)], eps, residual, gated)
+    tiles, rows, columns, scheme = packed
+    rows, count, group = rows // 2 if gated else rows, len(x), scheme.group
     out = x.new_empty(count, rows)
     if out.numel():
-        groups, words = cdiv(columns, group), _words(tiles)
+        groups, words = scheme.groups(columns), _words(tiles)
         cut, dot = cut_of(rows, groups, group), dot_type(x)
         parts = 1
         if x.is_cuda and x.dtype != torch.bfloat16:
@@ -371,65 +415,54 @@ def _operator(
         launch(
             _packed_linear_kernel,
             (count_tiles * (2 if gated else 2 // cut.halves), cdiv(count, BLOCK)),
-            x, *words, x if norm_weight is None else norm_weight.contiguous(),
+            x, *words, x if norm is None else norm.contiguous(),
             x if residual is None else residual, out, count, rows, columns, groups, count_tiles,
-            eps, x.stride(0), 0 if residual is None else residual.stride(0), BITS=bits,
-            KIND=kind, GROUP=group, TURN=cut.columns // group, HALVES=2 if gated else cut.halves,
-            ROWS=BLOCK, EVEN=columns % group == 0, PARTS=parts, DOT=dot,
-            NORM=norm_weight is not None, GATED=gated, ADDED=residual is not None,
+            eps, x.stride(0), 0 if residual is None else residual.stride(0), BITS=scheme.bits,
+            KIND=scheme.kind, GROUP=group, TURN=cut.columns // group,
+            HALVES=2 if gated else cut.halves, ROWS=BLOCK, EVEN=columns % group == 0, PARTS=parts,
+            DOT=dot, NORM=norm is not None, GATED=gated, ADDED=residual is not None,
             CHAINED=TILING.chain and chains(x), num_warps=cut.warps, maxnreg=cut.registers,
         )  # fmt: skip
     return out
 
 
-@_operator.register_fake
-def _(x: Tensor, tiles: Tensor, rows: int, *_: Any) -> Tensor:
-    return x.new_empty(len(x), rows)
-
-
 @operator("packed_dequantize")
-def dequantize(
-    tiles: Tensor, rows: int, columns: int, bits: int, kind: str, group: int, dtype: torch.dtype
-) -> Tensor:
-    """As `hymba.ops.packed.dequantize`."""
+def _dequantize(tiles: Tensor, rows: int, columns: int, scheme: str, dtype: torch.dtype) -> Tensor:
     out = torch.empty(rows, columns, dtype=dtype, device=tiles.device)
     if out.numel():
-        groups = cdiv(columns, group)
-        turn = min(256 // group, next_power_of_2(groups))
+        how = SCHEMES[scheme]
+        groups = how.groups(columns)
+        turn = min(256 // how.group, next_power_of_2(groups))
         launch(
             _dequantize_kernel, (len(tiles), cdiv(groups, turn)), *_words(tiles), out, rows,
-            columns, groups, BITS=bits, KIND=kind, GROUP=group, TURN=turn, DOT=_exact(tiles),
-            num_warps=4,
+            columns, groups, BITS=how.bits, KIND=how.kind, GROUP=how.group, TURN=turn,
+            DOT=_exact(tiles), num_warps=4,
         )  # fmt: skip
     return out
 
 
-@dequantize.register_fake
-def _(
-    tiles: Tensor, rows: int, columns: int, bits: int, kind: str, group: int, dtype: torch.dtype
-) -> Tensor:
+@_dequantize.register_fake
+def _(tiles: Tensor, rows: int, columns: int, scheme: str, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device=tiles.device)
 
 
 @operator("packed_rows")
-def _rows(
-    ids: Tensor, tiles: Tensor, columns: int, bits: int, kind: str, group: int, dtype: torch.dtype
-) -> Tensor:
+def _rows(ids: Tensor, tiles: Tensor, columns: int, scheme: str, dtype: torch.dtype) -> Tensor:
     out = torch.empty(len(ids), columns, dtype=dtype, device=tiles.device)
     if out.numel():
-        groups = cdiv(columns, group)
+        how = SCHEMES[scheme]
+        groups = how.groups(columns)
         launch(
             _packed_rows_kernel, (len(ids),), ids.contiguous(), *_words(tiles), out, columns,
-            groups, BITS=bits, KIND=kind, GROUP=group, GROUPS=next_power_of_2(groups),
-            DOT=_exact(tiles), CHAINED=TILING.chain and chains(tiles), num_warps=4,
+            groups, BITS=how.bits, KIND=how.kind, GROUP=how.group,
+            GROUPS=next_power_of_2(groups), DOT=_exact(tiles),
+            CHAINED=TILING.chain and chains(tiles), num_warps=4,
         )  # fmt: skip
     return out
 
 
 @_rows.register_fake
-def _(
-    ids: Tensor, tiles: Tensor, columns: int, bits: int, kind: str, group: int, dtype: torch.dtype
-) -> Tensor:
+def _(ids: Tensor, tiles: Tensor, columns: int, scheme: str, dtype: torch.dtype) -> Tensor:
     return torch.empty(len(ids), columns, dtype=dtype, device=tiles.device)
 
 

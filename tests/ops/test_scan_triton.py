@@ -22,15 +22,6 @@ from hymba.ops.scan_triton import _scan, selective_scan
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def source(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernels: Triton's everywhere, CUDA's where they can be."""
-    if request.param == "cuda" and (device == "cpu" or not nvrtc.present()):
-        pytest.skip("needs a GPU and cuda-core")
-    monkeypatch.setattr(nvrtc, "present", lambda: request.param == "cuda")
-    return request.param
-
-
 def inputs(
     segments: Segments,
     channels: int,

@@ -68,6 +68,20 @@ def packed_linear_add(x: Tensor, packed_: Packed, residual: Tensor) -> Tensor:
     return residual + packed_linear(x, packed_)
 
 
+def packed_fuse_linear(
+    attention: Tensor,
+    ssm: Tensor,
+    attention_weight: Tensor,
+    ssm_weight: Tensor,
+    eps: float,
+    packed_: Packed,
+    residual: Tensor,
+) -> Tensor:
+    """attention, ssm (S, columns), their norms' weights, residual (S, rows) -> (S, rows)."""
+    fused = norm.fuse_heads(attention, ssm, attention_weight, ssm_weight, eps)
+    return packed_linear_add(fused, packed_, residual)
+
+
 def causal_conv(
     x: Tensor,
     weight: Tensor,
