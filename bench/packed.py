@@ -66,9 +66,17 @@ CHECKED = (
 ROTATED_BYTES = 256 << 20  # several times any second-level cache
 EPS = 1e-6
 ALLOWED = 4e-3  # of float64's result: a bfloat16 result's own rounding is 1.7e-3
-# How a product may be cut (warps, groups of 32 columns ahead).
-MANY = ((4, 3), (4, 4), (4, 7), (8, 2), (8, 4))
-FEW = ((8, 7), (16, 4), (16, 6), (16, 7), (32, 3))
+# By which matrix a place of `Tiling` is decided, and how it may be cut (warps, groups ahead).
+PLACES = {
+    "least": "dt, B, C",
+    "few": "down",
+    "mean": "out of them",
+    "many": "into the branches",
+    "gated": "gate and up",
+    "most": "head",
+}
+FEW = ((8, 3), (8, 7), (16, 1), (16, 2), (16, 4), (16, 7), (32, 1), (32, 3))
+MANY = ((4, 1), (4, 2), (4, 4), (4, 5), (6, 1), (7, 1), (8, 1), (8, 2))
 
 
 def random_tiles(rows: int, columns: int, scheme: Scheme, device: str = "cuda") -> Tensor:
@@ -330,35 +338,37 @@ class Bench:
     # ---- how to cut
 
     def tune(self) -> None:
-        """Try all cuts on matrices of both kinds; the best on average goes on."""
+        """Try all cuts, each place by its matrix; the best on average goes on."""
         from hymba.ops import packed_cuda
-        from hymba.ops.packed_cuda import Cut
 
-        places = (
-            ("many", MANY, ("into the branches", "gate and up", "head")),
-            ("few", FEW, ("out of them", "down", "dt, B, C")),
-        )
-        for place, cuts, matrices in places:
-            found: dict[Cut, float] = {}
-            for cut in (Cut(*cut) for cut in cuts):
-                packed_cuda.TILING = packed_cuda.TILING._replace(**{place: cut})
-                us = {
-                    f"{scheme.name} {what}, {count}": attempt(
-                        f"{cut}", lambda a=(what, scheme, count): rounded(self.ours(*a)[0])
-                    )
-                    for scheme in self.schemes
-                    for what in matrices
-                    for count in (1, 8)
-                }
-                self.report.add({"place": place, "cut": list(cut), "us": us}, to="cuts")
-                print(f"{place} {tuple(cut)}: {us}", flush=True)
-                if None not in us.values():
-                    found[cut] = math.prod(us.values()) ** (1 / len(us))  # type: ignore[arg-type]
-            if found:
-                best = min(found, key=found.__getitem__)
-                packed_cuda.TILING = packed_cuda.TILING._replace(**{place: best})
-        print(f"going on with {packed_cuda.TILING}", flush=True)
-        self.report.put(tiling=str(packed_cuda.TILING))
+        for place, what in PLACES.items():
+            for bits in {scheme.bits for scheme in self.schemes}:
+                found: dict[tuple[int, int], float] = {}
+                for cut in MANY if place in ("many", "gated", "most") else FEW:
+                    self._cut(bits, place, cut)
+                    us = {
+                        f"{scheme.name}, {count}": attempt(
+                            f"{cut}", lambda a=(what, scheme, count): rounded(self.ours(*a)[0])
+                        )
+                        for scheme in self.schemes
+                        if scheme.bits == bits
+                        for count in (1, 8)
+                    }
+                    self.report.add({"place": place, "cut": list(cut), "us": us}, to="cuts")
+                    print(f"{place} {cut}: {us}", flush=True)
+                    if None not in us.values():
+                        found[cut] = math.prod(us.values()) ** (1 / len(us))  # type: ignore[arg-type]
+                if found:
+                    self._cut(bits, place, min(found, key=found.__getitem__))
+        print(f"going on with {packed_cuda.TILINGS}", flush=True)
+        self.report.put(tilings=str(packed_cuda.TILINGS))
+
+    @staticmethod
+    def _cut(bits: int, place: str, cut: tuple[int, int]) -> None:
+        from hymba.ops import packed_cuda
+
+        tiling = packed_cuda.TILINGS[bits]
+        packed_cuda.TILINGS[bits] = tiling._replace(**{place: packed_cuda.Cut(*cut)})
 
     # ---- the engine
 
@@ -480,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
         "read_bytes_per_s": rounded(read_bandwidth(watch)),
         "copy_bytes_per_s": rounded(copy_bandwidth(watch)),
     }
-    report.put(ceilings=ceilings, tiling=str(packed_cuda.TILING))
+    report.put(ceilings=ceilings, tilings=str(packed_cuda.TILINGS))
     torch.cuda.empty_cache()
     bandwidth = max(ceilings.values())
     print(f"{report.data['device']}: bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)

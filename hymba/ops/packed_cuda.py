@@ -25,18 +25,26 @@ class Cut(NamedTuple):
     """How a block shares its work."""
 
     warps: int
-    ahead: int  # groups of 32 columns that a warp has asked for
+    ahead: int  # groups of columns that a warp has asked for
 
 
 class Tiling(NamedTuple):
-    """Module-wide so that a benchmark can try others."""
+    """By how much there is to do. What decides is how many blocks fit on a processor at once, and
+    how many turns a warp makes; an H200's best of those that `bench/packed.py --tune` tries."""
 
-    many: Cut = Cut(4, 4)  # where blocks are enough for all processors
-    few: Cut = Cut(16, 6)
-    chain: bool = True  # starts while the kernel before it ends
+    least: Cut  # blocks for a quarter of the processors at most
+    few: Cut  # for one or two on each
+    mean: Cut  # the same, of two inputs
+    many: Cut
+    gated: Cut  # as many, with two matrices
+    most: Cut  # more than all processors hold at once
 
 
-TILING = Tiling()
+TILINGS = {  # by bits
+    4: Tiling(Cut(16, 7), Cut(32, 3), Cut(16, 2), Cut(4, 4), Cut(4, 5), Cut(4, 4)),
+    8: Tiling(Cut(16, 4), Cut(32, 1), Cut(16, 1), Cut(6, 1), Cut(6, 1), Cut(4, 1)),
+}
+CHAIN = True  # starts while the kernel before it ends; module-wide, as these, for benchmarks
 
 
 class Input(NamedTuple):
@@ -68,9 +76,8 @@ def product(
     count, rows = len(x), packed.rows // 2 if gated else packed.rows
     groups, blocks = scheme.groups(packed.columns), cdiv(rows, HALF)
     eights = 1 if count <= 8 else 2 if count <= 16 else 4
-    sums = eights * len(inputs) * (2 if gated else 1)
-    warps, ahead = cut_of(blocks, groups, scheme.group, sums)
-    chained = TILING.chain and chains(x)
+    warps, ahead = cut_of(scheme.bits, blocks, groups, len(inputs), gated, eights)
+    chained = CHAIN and chains(x)
     flags = (inputs[0].norm is not None, gated, residual is not None, chained)
     even = packed.columns % scheme.group == 0
     numbers = scheme.group, even, len(inputs), *flags, eights, warps, ahead
@@ -89,12 +96,20 @@ def product(
     return out
 
 
-def cut_of(blocks: int, groups: int, group: int, sums: int) -> Cut:
-    """For so many blocks of so many groups, with so many sums of 8 rows a warp."""
-    cut = TILING.many if blocks >= 2 * PROCESSORS else TILING.few
-    warps = min(cut.warps, 64 // sums, groups)  # sums of 32 KiB in shared memory at most
-    ahead = max(1, cut.ahead * 32 // group // max(1, sums // 2))
-    return Cut(warps, min(ahead, cdiv(groups, warps)))
+def cut_of(bits: int, blocks: int, groups: int, inputs: int, gated: bool, eights: int) -> Cut:
+    """For so many blocks of so many groups, and 8 rows so many times."""
+    tiling = TILINGS[bits]
+    if blocks >= 8 * PROCESSORS:
+        cut = tiling.most
+    elif blocks >= 2 * PROCESSORS:
+        cut = tiling.gated if gated else tiling.many
+    elif blocks > PROCESSORS // 4:
+        cut = tiling.mean if inputs == 2 else tiling.few
+    else:
+        cut = tiling.least
+    sums = eights * inputs * (1 + gated)  # of 512 bytes each a warp; 32 KiB in shared memory
+    warps = min(cut.warps, 64 // sums, groups)
+    return Cut(warps, max(1, min(cut.ahead // eights, cdiv(groups, warps))))
 
 
 @cache

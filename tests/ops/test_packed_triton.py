@@ -128,8 +128,8 @@ def test_any_cut_in_cuda(
     """Turns that are full and turns that are not, warps with a group more than others."""
     if not nvrtc.present():
         pytest.skip("needs cuda-core")
-    way = packed_cuda.Cut(*cut)
-    monkeypatch.setattr(packed_cuda, "TILING", packed_cuda.Tiling(way, way))
+    cuts = packed_cuda.Tiling(*[packed_cuda.Cut(*cut)] * 6)
+    monkeypatch.setattr(packed_cuda, "TILINGS", {4: cuts, 8: cuts})
     packed = matrix((70, 1000), scheme, "cuda")
     x, norm = (activations(n, 1000, torch.bfloat16, "cuda") for n in (count, 1))
     want = x.double() @ dequantize(packed, torch.float64).T
