@@ -58,7 +58,7 @@ MODEL_CLASS = re.compile(
 # Packages that one place only may import: {package: where}.
 ONLY_IN = {
     "triton": re.compile(r"_triton\.py$"),
-    "cuda": re.compile(r"_cuda\.py$"),
+    "cuda": re.compile(r"/nvrtc\.py$"),
     "numba": re.compile(r"^(ops|engine)/cpu/"),
     "llvmlite": re.compile(r"^(ops|engine)/cpu/"),
     **dict.fromkeys(("onnx", "onnxruntime"), re.compile(r"^export/")),

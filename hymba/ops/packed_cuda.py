@@ -75,7 +75,7 @@ def product(
     x, scheme = inputs[0].rows, packed.scheme
     count, rows = len(x), packed.rows // 2 if gated else packed.rows
     groups, blocks = scheme.groups(packed.columns), cdiv(rows, HALF)
-    eights = 1 if count <= 8 else 2 if count <= 16 else 4
+    eights = 1 if count <= 8 else 2
     warps, ahead = cut_of(scheme.bits, blocks, groups, len(inputs), gated, eights)
     chained = CHAIN and chains(x)
     flags = (inputs[0].norm is not None, gated, residual is not None, chained)
@@ -97,7 +97,7 @@ def product(
 
 
 def cut_of(bits: int, blocks: int, groups: int, inputs: int, gated: bool, eights: int) -> Cut:
-    """For so many blocks of so many groups, and 8 rows so many times."""
+    """For so many blocks of so many groups, and so many times 8 rows."""
     tiling = TILINGS[bits]
     if blocks >= 8 * PROCESSORS:
         cut = tiling.most
@@ -107,8 +107,9 @@ def cut_of(bits: int, blocks: int, groups: int, inputs: int, gated: bool, eights
         cut = tiling.mean if inputs == 2 else tiling.few
     else:
         cut = tiling.least
-    sums = eights * inputs * (1 + gated)  # of 512 bytes each a warp; 32 KiB in shared memory
-    warps = min(cut.warps, 64 // sums, groups)
+    # A warp has `eights` 512 bytes of sums for each input and matrix in shared memory, all warps 32
+    # KiB. Their number must not depend on that of rows: it says in which order sums are added.
+    warps = min(cut.warps, 32 // (inputs * (1 + gated)), groups)
     return Cut(warps, max(1, min(cut.ahead // eights, cdiv(groups, warps))))
 
 
