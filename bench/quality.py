@@ -7,7 +7,7 @@
 
     schemes   whole models: rounded to nearest, calibrated, and with inputs in 8 bits
     kinds     one kind of weight rounded, all else as trained: what has to stay
-    states    what decoding keeps (SSM states, keys and values), rounded after every token
+    states    what decoding keeps (SSM states, keys and values), rounded after every token, or lost
     recall    the same of models that were trained to recall (once, kept in runs/quality)
 
 Language models are those of results/lab-models; their text is the part of Python's library that
@@ -158,6 +158,7 @@ STATES = {
     "as trained": rounding(None, None),
     "SSM states bfloat16": rounding(in_bfloat16, None),
     "SSM states int8": rounding(in_int8, None),
+    "SSM states zero": rounding(torch.zeros_like, None),  # what there is to lose
     "K/V bfloat16": rounding(None, in_bfloat16),
     "K/V int8": rounding(None, in_int8),
 }
@@ -323,21 +324,19 @@ class Pupil:
         found = recall.measure(trained, self.task, self.size, Device("cpu"))
         return [found["recall"], found["beyond"]]
 
-    def decoded(self, change: Change) -> float:
-        """Recall as trained, token by token."""
-        length, found = self.size.recall.sequence_length, []
-        for point in tasks.LESSONS[self.task].test(length):
-            if point.beyond:
-                continue
+    def decoded(self, change: Change) -> list[float]:
+        """The same, token by token."""
+        found: dict[bool, list[float]] = {False: [], True: []}
+        for point in tasks.LESSONS[self.task].test(self.size.recall.sequence_length):
             test = RecallRows((point.task,), seed=0, side="test")
             rows = [test.row(number) for number in range(self.size.test_rows)]
             tokens, labels = (
                 torch.stack([getattr(r, x) for r in rows]) for x in ("tokens", "labels")
             )
             guesses = [x.argmax(-1) for x in decoded(self.model(), tokens, change)]
-            asked = labels != IGNORE
-            found.append(float((torch.stack(guesses, 1) == labels)[asked].double().mean()))
-        return sum(found) / len(found)
+            right = (torch.stack(guesses, 1) == labels)[labels != IGNORE]
+            found[point.beyond].append(float(right.double().mean()))
+        return [sum(x) / len(x) for x in found.values()]
 
 
 def recall_of(pupil: Pupil) -> dict[str, Any]:
@@ -416,7 +415,7 @@ def recall_tables(found: dict[str, Any]) -> Iterator[str]:
     for state in STATES:
         cells = (x["states"].get(state) for x in found.values())
         name = "token by token" if state == "as trained" else state
-        yield row(name, *("" if x is None else f"{x:.3f}" for x in cells))
+        yield row(name, *map(pair, cells))
 
 
 def row(*cells: str) -> str:
