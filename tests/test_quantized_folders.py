@@ -200,6 +200,32 @@ def test_quantize_then_generate_says_the_same_as_quantising_when_loading(
     assert "in int8" in capsys.readouterr().out.splitlines()[0]
 
 
+def test_a_quantising_that_was_interrupted_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call, fill = ["quantize", str(LAB / "llama"), str(tmp_path / "q")], weights._fill_packed
+
+    def interrupted(tensors: dict[str, Tensor], path: Path) -> None:
+        fill(tensors, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "_fill_packed", interrupted)
+    assert main(call) == 130
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert main(call) == 0
+    assert schemes_of(weights.load(tmp_path / "q"))
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(weights, "load", None)
+    (tmp_path / "file").write_text("")
+    assert main(["quantize", str(LAB / "llama"), str(tmp_path / "file" / "q")]) == 2
+    assert "file/q: not a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scheme", ["int4", "fp8"])
 def test_the_engine_gives_a_packed_model_s_rows_alone_and_together(scheme: str) -> None:
     llm = LLM(LAB / "hymba", device="cpu", quantize=scheme)

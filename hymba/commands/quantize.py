@@ -11,6 +11,7 @@ import tyro
 
 from hymba.commands import bar, choose_threads, parse
 from hymba.errors import UserError
+from hymba.files import filled, is_empty
 from hymba.schemes import SCHEMES, scheme_named
 
 if TYPE_CHECKING:
@@ -45,17 +46,20 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, "quantize", EXAMPLES)
     scheme = scheme_named(options.scheme)
-    if options.folder.exists() and (options.folder.is_file() or any(options.folder.iterdir())):
+    if options.folder.exists() and not (options.folder.is_dir() and is_empty(options.folder)):
         raise UserError(f"{options.folder} exists: name a new folder")
     choose_threads(options.threads)
     from hymba.weights import load, save
 
+    with filled(options.folder):
+        pass  # a place that cannot be written to is told before the work
     with bar() as progress:
         if options.text:
             model = _calibrated(options, scheme.name, progress)
         else:
             model = load(options.model, quantize=scheme.name, progress=progress)
-    save(model, options.folder)
+    with filled(options.folder) as unfinished:
+        save(model, unfinished)
     print(_told(model, options.folder))
     return 0
 

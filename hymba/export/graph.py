@@ -55,7 +55,7 @@ class Data:
         else:
             self._file.write(b"\0" * (-self._file.tell() % PAGE))
             offset = self._file.tell()
-            array.tofile(self._file)
+            self._file.write(array.data)
         kind = KINDS[array.dtype]
         self.places[name] = Place(offset, kind, array.shape, raw, array.nbytes)
 

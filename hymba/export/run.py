@@ -6,14 +6,12 @@
     tokenizer.json   and its companions, where the model has one
     hymba.json       names and shapes of the cache, sizes, the ids that end a text
 
-The folder appears whole: it is written beside its place and renamed.
+The files appear together, when all are written.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ from hymba.export.graph import MICROSOFT, Data, Graph, value
 from hymba.export.layout import ROOM, Entry, entries
 from hymba.export.linear import ExportError, check_scheme
 from hymba.export.meta import meta_states
-from hymba.files import write_json
+from hymba.files import filled, is_empty, write_json
 from hymba.model.decoder import LanguageModel
 from hymba.model.packed import schemes_of
 from hymba.tokenizer import TOKENIZER_FILES
@@ -67,22 +65,14 @@ def export(
     check_folder(target, force)
     for scheme in schemes_of(model).values():
         check_scheme(scheme)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        unfinished.mkdir()
-        count = model.config.num_layers
+    count = model.config.num_layers
+    with filled(target, replaced=TOKENIZER_FILES) as unfinished:
         _fill(model, unfinished, choices, lambda done: progress("writing", done, count))
-        if target.is_dir():
-            shutil.rmtree(target)
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_folder(folder: Path, force: bool) -> None:
     """ExportError where writing would destroy something that is not ours, or not meant."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and is_empty(folder)):
         return
     if not folder.is_dir():
         raise ExportError(f"{folder} is a file: name a new folder")

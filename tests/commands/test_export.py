@@ -93,6 +93,24 @@ def test_activations_are_chosen(run: Callable[..., Ran], tmp_path: Path) -> None
         assert levels == {level}
 
 
+def test_few_bits_are_checked_against_the_weights_they_mean(
+    run: Callable[..., Ran],
+) -> None:
+    """Not against kernels that round activations, as they are on most CPUs."""
+    code, out, _ = run("--quantize", "int4", "--activations", "float32", "--check")
+    assert code == 0 and "64 of 64 greedy tokens are the same" in out
+    assert float(out.split("logits differ by ")[1].split()[0]) < 1e-4
+
+
+def test_where_one_stands_can_be_filled(
+    run: Callable[..., Ran], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(out=".").code == 0
+    assert Path("hymba.json").is_file()
+
+
 def test_a_folder_is_replaced_only_when_asked(run: Callable[..., Ran], tmp_path: Path) -> None:
     assert run().code == 0
     fails(run(), "--force writes it anew")
@@ -107,6 +125,7 @@ def test_mistakes_are_one_line(run: Callable[..., Ran], tmp_path: Path) -> None:
     fails(run(model=tmp_path / "nowhere"), "there is no model folder")
     (tmp_path / "out").write_text("")
     fails(run(), "is a file")
+    fails(run(out=tmp_path / "out" / "below"), "out/below: not a directory")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from hymba.config import Config
 from hymba.export import Choices, ExportError, export
 from hymba.export.decoder import Writer
-from hymba.export.graph import PAGE, SMALL
+from hymba.export.graph import PAGE, SMALL, Data
 from hymba.export.meta import meta_states
 from hymba.export.session import Session
 from hymba.model.decoder import LanguageModel
@@ -268,6 +269,18 @@ def test_an_interrupted_export_leaves_what_was_there(
         export(model, folder, force=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    """By the system's error, which numpy's own way to files does not have."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs a device that is always full")
+    (tmp_path / "weights.bin").symlink_to("/dev/full")
+    data = Data(tmp_path / "weights.bin")
+    with pytest.raises(OSError) as caught:
+        data.put("x", np.zeros(1 << 16, np.float32))
+    assert caught.value.errno == errno.ENOSPC
+    data._file.raw.close()  # type: ignore[attr-defined]
 
 
 def test_folders_that_are_not_ours_stay(
