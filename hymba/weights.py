@@ -245,7 +245,7 @@ def _schemes(folder: Path, config: Config, wanted: Scheme | None) -> dict[str, S
     if kept.get("version") != 1:
         raise WeightsError(f"{where}: quantised weights of version {kept.get('version')}, not 1")
     modules = kept.get("modules")
-    if not isinstance(modules, dict):
+    if not (isinstance(modules, dict) and all(isinstance(x, list) for x in modules.values())):
         raise WeightsError(f"{where}: {QUANTIZED} does not say which modules are in which scheme")
     found = {
         to_ours(f"{name}.weight").removesuffix(".weight"): scheme_named(scheme)

@@ -149,6 +149,7 @@ def test_what_cannot_be_read_is_refused(kept: Callable[[str], Path], tmp_path: P
     assert "quantised by gptq" in with_keys(quant_method="gptq")
     assert "of version 2, not 1" in with_keys(version=2)
     assert "does not say which modules" in with_keys(modules=None)
+    assert "does not say which modules" in with_keys(modules={"int4": None})
     assert "there is no quantisation called 'int3'" in with_keys(modules={"int3": ["x"]})
     assert "quantises x.y, which it has not" in with_keys(modules={"int4": ["x.y"]})
     other = whole["quantization_config"]["modules"]

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hymba.errors import UserError
+
 BACKENDS = ("triton", "numba", "torch", "reference")
 CHAINED_ROWS = 256
 log = logging.getLogger("hymba")
@@ -34,7 +36,7 @@ log = logging.getLogger("hymba")
 def backend(device_type: str) -> str:
     """The backend for tensors on such a device ("cpu", "cuda", "mps")."""
     missing = _no_kernels(device_type)
-    asked = os.environ.get("HYMBA_BACKEND")
+    asked = os.environ.get("HYMBA_BACKEND") or None
     if asked is None and device_type == "cpu":
         return "numba" if find_spec("numba") else "torch"
     if asked is None:
@@ -42,11 +44,11 @@ def backend(device_type: str) -> str:
             log.warning("hymba: no kernels for %s (%s); using plain PyTorch", device_type, missing)
         return "torch" if missing else "triton"
     if asked not in BACKENDS:
-        raise ValueError(f"HYMBA_BACKEND={asked!r} is not one of {', '.join(BACKENDS)}")
+        raise UserError(f"HYMBA_BACKEND={asked!r} is not one of {', '.join(BACKENDS)}")
     if asked == "triton" and missing:
-        raise ValueError(f"HYMBA_BACKEND=triton: no kernels for {device_type} ({missing})")
+        raise UserError(f"HYMBA_BACKEND=triton: no kernels for {device_type} ({missing})")
     if asked == "numba" and (device_type != "cpu" or not find_spec("numba")):
-        raise ValueError("HYMBA_BACKEND=numba is for CPUs and needs: pip install 'hymba[cpu]'")
+        raise UserError("HYMBA_BACKEND=numba is for CPUs and needs: pip install 'hymba[cpu]'")
     return asked
 
 

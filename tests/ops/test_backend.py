@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hymba import ops
+from hymba.errors import UserError
 from hymba.ops import Segments
 from hymba.ops import backend as backend_module
 from hymba.ops import conv as conv_module
@@ -93,14 +94,14 @@ def test_float64_never_meets_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYMBA_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="HYMBA_BACKEND=triton: no kernels for cpu"):
+    with pytest.raises(UserError, match="HYMBA_BACKEND=triton: no kernels for cpu"):
         backend("cpu")
 
 
 @pytest.mark.usefixtures("undecided")
 def test_numba_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYMBA_BACKEND", "numba")
-    with pytest.raises(ValueError, match=r"for CPUs and needs: pip install 'hymba\[cpu\]'"):
+    with pytest.raises(UserError, match=r"for CPUs and needs: pip install 'hymba\[cpu\]'"):
         backend("mps")
 
 
@@ -136,7 +137,7 @@ def test_the_door(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("undecided")
 def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYMBA_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="HYMBA_BACKEND='nonsense' is not one of triton, numba"):
+    with pytest.raises(UserError, match="HYMBA_BACKEND='nonsense' is not one of triton, numba"):
         ops.causal_conv(torch.ones(4, 3), torch.ones(3, 4), None, Segments((4,)))
 
 
