@@ -141,6 +141,7 @@ def load(
     if config.tie_embeddings:
         _drop_tied_head(tensors, folder)
     _compare(wanted, {name: tuple(x.shape) for name, x in tensors.items()}, folder)
+    _compare_sizes(_sizes(empty), folder)
     empty.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_embeddings and schemes:
         empty.lm_head.tiles = empty.decoder.embed_tokens.tiles
@@ -191,7 +192,7 @@ def save(
     keys.pop(QUANTIZED, None)
     if schemes:
         keys[QUANTIZED] = _described(schemes)
-        _write({target / SINGLE: functools.partial(_fill_packed, state)})
+        _write({target / SINGLE: functools.partial(_fill_packed, state, _sizes(model))})
         _remove_others(target, {SINGLE})
     else:
         _write_tensors(state, target, max_shard_bytes)
@@ -340,6 +341,26 @@ def _compare(
         raise WeightsError(f"{folder}: tensors do not fit config.json: {faults}")
 
 
+def _sizes(model: LanguageModel) -> dict[str, str]:
+    """Rows and columns of packed modules, as files tell them: tiles are filled up, so that their
+    own shape does not say it."""
+    sizes = {x: model.get_submodule(x) for x in schemes_of(model)}
+    return {to_official(f"{x}.tiles"): f"{m.rows} x {m.columns}" for x, m in sizes.items()}
+
+
+def _compare_sizes(wanted: Mapping[str, str], folder: Path) -> None:
+    for file in _files(folder) if wanted else ():
+        with safe_open(str(file), framework="pt") as tensors:
+            told = tensors.metadata() or {}
+        strange = [
+            f"{name} has {told[name]} numbers, not {size}"
+            for name, size in wanted.items()
+            if told.get(name, size) != size
+        ]
+        if strange:
+            raise WeightsError(f"{folder}: tensors do not fit config.json: {some(strange)}")
+
+
 def some(names: Iterable[str], most: int = 8) -> str:
     """Names for one line: the first few, and how many more."""
     listed = list(names)
@@ -378,12 +399,12 @@ def _remove_others(folder: Path, kept: set[str]) -> None:
             old.unlink(missing_ok=True)
 
 
-def _fill_packed(tensors: dict[str, Tensor], path: Path) -> None:
+def _fill_packed(tensors: dict[str, Tensor], told: dict[str, str], path: Path) -> None:
     """A safetensors file whose bytes start at multiples of 64, where wide loads want them: tiles
     first, each a multiple of 64 bytes long, and the header filled up with spaces. The library puts
-    them after all wider numbers."""
+    them after all wider numbers. `told` goes into the header."""
     ordered = sorted(tensors.items(), key=lambda item: item[1].dtype != torch.uint8)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **told}}
     end = 0
     for name, x in ordered:
         kind = _KINDS.get(x.dtype)

@@ -159,6 +159,21 @@ def test_what_cannot_be_read_is_refused(kept: Callable[[str], Path], tmp_path: P
     assert "missing" in fault(lambda: weights.load(q)) and "tiles" in fault(lambda: weights.load(q))
 
 
+@pytest.mark.parametrize(
+    ("key", "told"), [("vocab_size", "61 x 32 numbers, not {} x 32"), ("intermediate_size", "40")]
+)
+def test_a_size_that_tiles_do_not_show_is_compared(
+    kept: Callable[[str], Path], tmp_path: Path, key: str, told: str
+) -> None:
+    """A tile has 32 rows and a group 32 or 64 columns, filled up or not."""
+    q = tmp_path / "q"
+    weights.save(weights.load(kept("llama"), quantize="int4"), q)
+    whole = json.loads((q / "config.json").read_text())
+    for size in (whole[key] - 1, whole[key] + 1):
+        (q / "config.json").write_text(json.dumps({**whole, key: size}))
+        assert told.format(size) in fault(lambda: weights.load(q))
+
+
 def test_a_tensor_that_cannot_be_held_is_named(kept: Callable[[str], Path]) -> None:
     folder = kept("llama")
     model = weights.load(folder)
@@ -206,8 +221,8 @@ def test_a_quantising_that_was_interrupted_can_be_repeated(
 ) -> None:
     call, fill = ["quantize", str(LAB / "llama"), str(tmp_path / "q")], weights._fill_packed
 
-    def interrupted(tensors: dict[str, Tensor], path: Path) -> None:
-        fill(tensors, path)
+    def interrupted(*args: object) -> None:
+        fill(*args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(weights, "_fill_packed", interrupted)
