@@ -87,8 +87,12 @@ def calibrate(
     ids. A folder or hub id is taken in float32; a model that is given is changed and given back.
 
     Modules and schemes are those of `hymba.load(..., quantize=scheme)`, and so are the files.
-    `progress("layers", done, count)` after each. Raises SchemeError, WeightsError, ConfigError."""
+    `progress("layers", done, count)` after each. Raises SchemeError, WeightsError, ConfigError,
+    CalibrationError."""
     wanted = scheme_named(scheme)
+    if rows.ndim != 2 or not rows.numel() or rows.is_floating_point():
+        told = f"{tuple(rows.shape)} of {str(rows.dtype).removeprefix('torch.')}"
+        raise CalibrationError(f"rows are token ids (R, T), not {told}: text_rows makes them")
     if not isinstance(model, LanguageModel):
         model = load(model, dtype=torch.float32)
     if schemes_of(model):

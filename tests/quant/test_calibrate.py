@@ -112,6 +112,14 @@ def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
         calibrate(tmp_path / "full", "int5", rows_of(model))
 
 
+@pytest.mark.parametrize(
+    "rows", [torch.zeros(9, dtype=torch.long), torch.zeros(0, 9, dtype=torch.long), torch.ones(2, 9)]
+)
+def test_rows_that_are_none_are_refused(rows: Tensor) -> None:
+    with pytest.raises(CalibrationError, match=r"rows are token ids \(R, T\), not .* of"):
+        calibrate(model_of("llama"), "int4", rows)
+
+
 def test_a_weight_that_cannot_be_held_is_named() -> None:
     model = model_of("hymba")
     with torch.no_grad():
