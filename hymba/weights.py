@@ -32,7 +32,7 @@ from hymba.errors import UserError
 from hymba.hub import find
 from hymba.model.decoder import LanguageModel
 from hymba.model.packed import make_room, packed_tiles, plan, schemes_of
-from hymba.schemes import SCHEMES, Scheme, scheme_named
+from hymba.schemes import SCHEMES, Scheme, SchemeError, scheme_named
 from hymba.tokenizer import TOKENIZER_FILES
 
 # (official, ours): parts of tensor names. Official names start with "model.", ours "decoder.".
@@ -136,6 +136,8 @@ def load(
         module, _, last = to_ours(name).rpartition(".")
         if last == "weight" and module in schemes:
             tensors[f"{module}.tiles"] = packed_tiles(name, tensor, schemes[module])
+        elif scheme is not None and last != "tiles" and not bool(tensor.isfinite().all()):
+            raise SchemeError(f"{name} holds numbers that are not finite: the model is broken")
         else:
             tensors[to_ours(name)] = tensor
     if config.tie_embeddings:

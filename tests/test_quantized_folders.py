@@ -184,6 +184,17 @@ def test_a_tensor_that_cannot_be_held_is_named(kept: Callable[[str], Path]) -> N
         weights.load(folder, quantize="int4")
 
 
+def test_a_broken_model_is_not_quantised(kept: Callable[[str], Path]) -> None:
+    """Also where the number is in a tensor that stays as it is."""
+    folder = kept("llama")
+    model = weights.load(folder)
+    with torch.no_grad():
+        model.get_parameter("decoder.layers.1.input_norm.weight")[3] = torch.nan
+    weights.save(model, folder)
+    with pytest.raises(SchemeError, match=r"layers.1.input_layernorm.weight holds .* not finite"):
+        weights.load(folder, quantize="int8")
+
+
 def test_transformers_and_training_refuse_a_quantised_folder(
     kept: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

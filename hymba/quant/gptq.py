@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from hymba.ops import Packed
 from hymba.ops.packed import CODES, best_scales, grouped, pack, round_to
-from hymba.schemes import Scheme
+from hymba.schemes import Scheme, SchemeError
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that were never seen
 BLOCK = 64  # columns
@@ -30,7 +30,9 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Packed:
     """weight (rows, columns), hessian (columns, columns): the sum or mean of x^T x over rows x.
 
     Inputs that know nothing of each other (a diagonal hessian) give what `quantize` gives.
-    SchemeError as there."""
+    SchemeError as there, and for inputs that are not finite."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise SchemeError("what it reads are numbers that are not finite, or whose squares are not")
     x = grouped(weight, scheme)  # (rows, groups, G), padded with zeros
     scales = best_scales(x, scheme)  # (rows, groups)
     x = x.flatten(1)

@@ -112,6 +112,14 @@ def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
         calibrate(tmp_path / "full", "int5", rows_of(model))
 
 
+@pytest.mark.parametrize("scale", [torch.nan, 1e25])
+def test_inputs_that_are_not_finite_are_told_with_the_weight_they_reach(scale: float) -> None:
+    model = model_of("llama")
+    model.get_parameter("decoder.layers.1.input_norm.weight").data.fill_(scale)
+    with pytest.raises(SchemeError, match=r"layers.1.mamba.in_proj.weight .* not finite"):
+        calibrate(model, "int4", rows_of(model))
+
+
 @pytest.mark.parametrize(
     "rows", [torch.zeros(9, dtype=torch.long), torch.zeros(0, 9, dtype=torch.long), torch.ones(2, 9)]
 )
