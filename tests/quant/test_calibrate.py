@@ -121,7 +121,8 @@ def test_inputs_that_are_not_finite_are_told_with_the_weight_they_reach(scale: f
 
 
 @pytest.mark.parametrize(
-    "rows", [torch.zeros(9, dtype=torch.long), torch.zeros(0, 9, dtype=torch.long), torch.ones(2, 9)]
+    "rows",
+    [torch.zeros(9, dtype=torch.long), torch.zeros(0, 9, dtype=torch.long), torch.ones(2, 9)],
 )
 def test_rows_that_are_none_are_refused(rows: Tensor) -> None:
     with pytest.raises(CalibrationError, match=r"rows are token ids \(R, T\), not .* of"):
