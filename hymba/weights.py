@@ -143,7 +143,7 @@ def load(
     if config.tie_embeddings:
         _drop_tied_head(tensors, folder)
     _compare(wanted, {name: tuple(x.shape) for name, x in tensors.items()}, folder)
-    _compare_sizes(_sizes(empty), folder)
+    _compare_tiles(_described_tiles(empty), folder)
     empty.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_embeddings and schemes:
         empty.lm_head.tiles = empty.decoder.embed_tokens.tiles
@@ -194,7 +194,7 @@ def save(
     keys.pop(QUANTIZED, None)
     if schemes:
         keys[QUANTIZED] = _described(schemes)
-        _write({target / SINGLE: functools.partial(_fill_packed, state, _sizes(model))})
+        _write({target / SINGLE: functools.partial(_fill_packed, state, _described_tiles(model))})
         _remove_others(target, {SINGLE})
     else:
         _write_tensors(state, target, max_shard_bytes)
@@ -343,21 +343,24 @@ def _compare(
         raise WeightsError(f"{folder}: tensors do not fit config.json: {faults}")
 
 
-def _sizes(model: LanguageModel) -> dict[str, str]:
-    """Rows and columns of packed modules, as files tell them: tiles are filled up, so that their
-    own shape does not say it."""
-    sizes = {x: model.get_submodule(x) for x in schemes_of(model)}
-    return {to_official(f"{x}.tiles"): f"{m.rows} x {m.columns}" for x, m in sizes.items()}
+def _described_tiles(model: LanguageModel) -> dict[str, str]:
+    """What packed modules hold, as files tell it: tiles are filled up, and those of int8 and of fp8
+    are as large, so that their own shape does not say it."""
+    packed = {name: model.get_submodule(name) for name in schemes_of(model)}
+    return {
+        to_official(f"{name}.tiles"): f"{x.rows} x {x.columns} in {x.scheme.name}"  # type: ignore[union-attr]
+        for name, x in packed.items()
+    }
 
 
-def _compare_sizes(wanted: Mapping[str, str], folder: Path) -> None:
+def _compare_tiles(wanted: Mapping[str, str], folder: Path) -> None:
     for file in _files(folder) if wanted else ():
         with safe_open(str(file), framework="pt") as tensors:
             told = tensors.metadata() or {}
         strange = [
-            f"{name} has {told[name]} numbers, not {size}"
-            for name, size in wanted.items()
-            if told.get(name, size) != size
+            f"{name} is {told[name]}, not {tiles}"
+            for name, tiles in wanted.items()
+            if told.get(name, tiles) != tiles
         ]
         if strange:
             raise WeightsError(f"{folder}: tensors do not fit config.json: {some(strange)}")

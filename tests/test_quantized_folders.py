@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_refused(kept: Callable[[str], Path], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("key", "told"), [("vocab_size", "61 x 32 numbers, not {} x 32"), ("intermediate_size", "40")]
+    ("key", "told"), [("vocab_size", "61 x 32 in int8, not {} x 32"), ("intermediate_size", "40")]
 )
 def test_a_size_that_tiles_do_not_show_is_compared(
     kept: Callable[[str], Path], tmp_path: Path, key: str, told: str
@@ -172,6 +172,16 @@ def test_a_size_that_tiles_do_not_show_is_compared(
     for size in (whole[key] - 1, whole[key] + 1):
         (q / "config.json").write_text(json.dumps({**whole, key: size}))
         assert told.format(size) in fault(lambda: weights.load(q))
+
+
+def test_a_scheme_that_tiles_do_not_show_is_compared(
+    kept: Callable[[str], Path], tmp_path: Path
+) -> None:
+    q = tmp_path / "q"
+    weights.save(weights.load(kept("llama"), quantize="int8"), q)
+    text = (q / "config.json").read_text()
+    (q / "config.json").write_text(text.replace('"int8"', '"fp8"'))
+    assert "is 61 x 32 in int8, not 61 x 32 in fp8" in fault(lambda: weights.load(q))
 
 
 def test_a_tensor_that_cannot_be_held_is_named(kept: Callable[[str], Path]) -> None:
