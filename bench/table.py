@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""The README's figures, written from results/ops-*, train-*, trainer-*, prefill-, engine- and
-device-*.json.
+"""The README's figures, written from results/ops-*, train-*, trainer-*, prefill-, engine-, packed-
+and device-*.json.
 
     python -m bench.table            writes them between the two markers in README.md
     python -m bench.table --check    says whether they are what the results say (1 if not)
@@ -60,6 +60,7 @@ def generate(folder: Path) -> str:
         ("trainer", trainer_table),
         ("prefill", prefill_table),
         ("engine", engine_table),
+        ("packed", packed_table),
         ("device", device_table),
     )
     parts = [make(data) for name, make in makers for data in found(folder, name)]
@@ -260,6 +261,54 @@ def engine_notes(data: Mapping[str, Any]) -> list[str]:
             " batch of 16, in bfloat16; in float32 all are."
         )
     return notes
+
+
+def packed_table(data: Mapping[str, Any]) -> str:
+    steps, rows = data["engine"], data["results"]
+    context = steps[0]["context"]
+    lines = [
+        f"**Weights in few bits on a GPU:** a decode step of hymba-1.5b behind {context:,} tokens a"
+        f" sequence, random weights, on one {data['device']} (driver {data['driver']}, torch"
+        f" {data['torch']}, {data['date'][:10]}; {data['ceilings']['read_bytes_per_s'] / 1e12:.2f}"
+        f" TB/s read in the same run; [{data['file']}]({data['file']})):",
+        "",
+        "| | batch | ms a step | tokens a second | times bfloat16 | of the limit | weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    plain = {row["batch"]: row["ms"] for row in steps if row["name"] == "bfloat16"}
+    for row in steps:
+        figures = (
+            f"{row['ms']:.2f} | {row['tokens_per_s']:,} | {plain[row['batch']] / row['ms']:.2f}"
+        )
+        share, weights = row["limit_ms"] / row["ms"], row["weights_mb"] / 1000
+        lines.append(
+            f"| {row['name']} | {row['batch']} | {figures} | {share:.0%} | {weights:.2f} GB |"
+        )
+    whats = list(dict.fromkeys(row["what"] for row in rows))
+    counts = (1, 8)
+    lines += [
+        "",
+        f"| µs of a product, 1 / 8 rows (times as fast as bfloat16) | {' | '.join(whats)} |",
+        "|---" * (len(whats) + 1) + "|",
+    ]
+    for scheme in dict.fromkeys(row["scheme"] for row in rows):
+        cells = [packed_cell(rows, scheme, what, counts) for what in whats]
+        lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+    cells = [peer_cell(data["peers"], what, counts) for what in whats]
+    lines.append("| PyTorch's int4 kernel, nothing around it | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def packed_cell(rows: list[dict[str, Any]], scheme: str, what: str, counts: tuple[int, ...]) -> str:
+    by = {row["rows"]: row for row in rows if (row["scheme"], row["what"]) == (scheme, what)}
+    us = " / ".join(f"{by[n]['us']:.1f}" for n in counts)
+    times = " / ".join(f"{by[n]['bfloat16_us'] / by[n]['us']:.2f}" for n in counts)
+    return f"{us} ({times})"
+
+
+def peer_cell(peers: list[dict[str, Any]], what: str, counts: tuple[int, ...]) -> str:
+    by = {row["rows"]: row["us"] for row in peers if row["what"] == what}
+    return " / ".join(f"{by[n]:.1f}" for n in counts) if by else ""
 
 
 # Shapes and formats of bench/device.py, in words.
