@@ -12,6 +12,7 @@ from torch import Tensor
 from hymba import ops
 from hymba.ops import Segments
 from hymba.ops.backend import forget
+from hymba.schemes import SCHEMES
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -28,6 +29,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 one = torch.ones
 four = Segments((4,))
+few = ops.Packed(torch.zeros(2, 576, dtype=torch.uint8), 64, 32, SCHEMES["int4"])
 WRONG: dict[str, Callable[[], object]] = {
     "attention: segments": lambda: ops.attention(*(one(6, 1, 4),) * 3, four),
     "attention: k": lambda: ops.attention(one(4, 1, 4), *(one(3, 1, 4),) * 2, four),
@@ -35,6 +37,17 @@ WRONG: dict[str, Callable[[], object]] = {
     "causal_conv: weight": lambda: ops.causal_conv(one(4, 4), one(3, 4), None, four),
     "linear_cross_entropy: labels": lambda: ops.linear_cross_entropy(
         one(4, 8), one(20, 8), one(3).long()
+    ),
+    "packed_linear: x": lambda: ops.packed_linear(one(2, 33), few),
+    "packed_norm_linear: norm_weight": lambda: ops.packed_norm_linear(
+        one(2, 32), one(33), 1e-6, few
+    ),
+    "packed_linear_add: residual": lambda: ops.packed_linear_add(one(2, 32), few, one(2, 63)),
+    "packed_fuse_linear: ssm": lambda: ops.packed_fuse_linear(
+        one(2, 32), one(3, 32), one(32), one(32), 1e-6, few, one(2, 64)
+    ),
+    "packed_fuse_linear: rows": lambda: ops.packed_fuse_linear(
+        one(2, 32), one(2, 32), one(32), one(32), 1e-6, few, one(3, 64)
     ),
     "rms_norm: weight": lambda: ops.rms_norm(one(2, 16), one(8), 1e-6),
     "swiglu: up": lambda: ops.swiglu(one(4, 16), one(3, 16)),

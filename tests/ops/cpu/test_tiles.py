@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hymba import ops
@@ -207,4 +208,36 @@ def test_the_door(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(ops.packed_linear(x.double(), packed), plain) < 2e-6
     ops.packed_linear(x.requires_grad_(), packed).sum().backward()
     assert torch.allclose(x.grad, dequantize(packed).sum(0), rtol=1e-4)
+    forget()
+
+
+@pytest.mark.parametrize("chosen", ["torch", "numba"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_products_with_their_neighbours(
+    chosen: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever serves: the same four products, of which only inputs are rounded, on a CPU."""
+    monkeypatch.setenv("HYMBA_BACKEND", chosen)
+    forget()
+    generator = torch.Generator().manual_seed(count)
+    held = quantize(torch.randn(128, 96, generator=generator) / 10, SCHEMES["int4"])
+    x, y, residual = (torch.randn(count, n, generator=generator) for n in (96, 96, 128))
+    one, two = torch.randn(2, 96, generator=generator)
+    weight = dequantize(held, torch.float64)
+
+    def normed(rows: Tensor, by: Tensor) -> Tensor:
+        return F.rms_norm(rows.double(), (96,), by.double(), 1e-6)
+
+    gate, up = (normed(x, one) @ weight.T).chunk(2, dim=-1)
+    pairs = [
+        (ops.packed_norm_linear(x, one, 1e-6, held), normed(x, one) @ weight.T),
+        (ops.packed_norm_swiglu(x, one, 1e-6, held), F.silu(gate) * up),
+        (ops.packed_linear_add(x, held, residual), residual + x.double() @ weight.T),
+        (
+            ops.packed_fuse_linear(x, y, one, two, 1e-6, held, residual),
+            residual + (normed(x, one) + normed(y, two)) / 2 @ weight.T,
+        ),
+    ]
+    for got, want in pairs:
+        assert (got - want).norm() <= (1e-6 if chosen == "torch" else 2e-2) * want.norm()
     forget()
