@@ -131,6 +131,8 @@ class HybridMixer(nn.Module):
     ) -> Left:
         k = apply_rope(rows["k"].unflatten(-1, (-1, self.head_dim)), rope)
         v = rows["v"].unflatten(-1, (-1, self.value_dim))
+        if not torch.is_grad_enabled():
+            v = v.clone()  # a view would keep all that in_proj gave until the last layer is through
         if not batch.meta:
             return Left(State(k, v), before.meta)
         (meta_k, k), (meta_v, v) = batch.split(k), batch.split(v)

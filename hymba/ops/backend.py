@@ -71,13 +71,20 @@ def twin(op: str, x: Tensor) -> Callable[..., Any]:
 
 
 ON_CPU = {  # what ops/cpu/ has
+    "add_rms_norm",
+    "attention",
     "causal_conv",
+    "fuse_heads",
     "packed_fuse_linear",
     "packed_linear",
     "packed_linear_add",
     "packed_norm_linear",
     "packed_norm_swiglu",
+    "rms_norm",
+    "rms_norms",
+    "rotate",
     "selective_scan",
+    "swiglu",
 }
 FILES = {  # each op's, in ops/; its kernels are in <file>_triton.py
     "add_rms_norm": "norm",

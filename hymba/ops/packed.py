@@ -166,10 +166,16 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows `ids` (N,) of the matrix, (N, columns): an embedding's look-up."""
-    tiles = packed.tiles[ids // TILE]  # (N, bytes)
-    wide = _weights(tiles, packed, len(tiles) * TILE, dtype)
-    wide = wide.view(len(ids), TILE, packed.columns)
-    return wide.take_along_dim((ids % TILE)[:, None, None], dim=1)[:, 0]
+    scheme, tile, row = packed.scheme, ids // TILE, ids % TILE
+    parts = packed.tiles.view(len(packed.tiles), -1, scheme.group_bytes)  # (T, groups, bytes)
+    raw = parts[..., : -2 * TILE].unflatten(-1, (2, -1, HALF, 4))
+    raw = raw[tile, :, row // HALF, :, row % HALF]  # (N, groups, pieces, 4)
+    ends = parts[..., -2 * TILE :].unflatten(-1, (TILE, 2))[tile, :, row]  # (N, groups, 2)
+    if scheme.bits == 4:
+        raw = torch.stack([raw & 15, raw >> 4], dim=-2)
+    codes = raw.flatten(2).float() - (scheme.most + 1)  # (N, groups, G)
+    wide = codes * ends.contiguous().view(torch.float16).float()
+    return wide.flatten(1)[:, : packed.columns].to(dtype)
 
 
 def packed_linear_reference(x: Tensor, packed: Packed) -> Tensor:

@@ -23,8 +23,6 @@ import numpy as np
 from hymba.engine.cpu.layout import BLOCK
 from hymba.engine.cpu.vectors import (
     add_products,
-    choose,
-    load_first_bf16,
     no_sums,
     totals,
     weigh_four,
@@ -32,8 +30,10 @@ from hymba.engine.cpu.vectors import (
     write_bf16,
 )
 from hymba.ops.cpu.compiled import kernel
+from hymba.ops.cpu.rows import turn
 from hymba.ops.cpu.simd import (
     add,
+    choose,
     exp,
     fma,
     larger,
@@ -41,6 +41,7 @@ from hymba.ops.cpu.simd import (
     load,
     load_bf16,
     load_first,
+    load_first_bf16,
     mul,
     prefetch,
     read_f32,
@@ -112,7 +113,9 @@ def attend(
     scale = np.float32(1 / math.sqrt(np.float64(width)))
     for head in range(heads):
         source = proj + attention.q_at + 4 * (group * heads + head) * width
-        turn(source, scratch + 4 * head * padded, turns, width, scale)
+        target = scratch + 4 * head * padded
+        turn(source, target, turns, turns + 2 * width, width, scale)
+        store_first(target + 4 * width, splat(ZERO), padded - width)
     _begin(part, heads, attention.e_padded)
     if index < meta_parts(attention):
         first = index * BLOCK
@@ -151,20 +154,6 @@ def own_place(model: Any, attention: Any, row: Any) -> Any:
 
 
 @kernel
-def turn(source: int, target: int, turns: int, width: int, scale: float) -> None:
-    """scale * source with its pairs (i, i + width/2) turned; turns: cosines, then sines."""
-    half, s = width // 2, splat(scale)
-    for i in range(0, half, KEYS):
-        count = half - i
-        x, y = load_first(source + 4 * i, count), load_first(source + 4 * (half + i), count)
-        c, d = load_first(turns + 4 * i, count), load_first(turns + 4 * (half + i), count)
-        store_first(target + 4 * i, mul(sub(mul(x, c), mul(y, d)), s), count)
-        store_first(target + 4 * (half + i), mul(add(mul(y, c), mul(x, d)), s), count)
-    rest = -width % KEYS
-    store_first(target + 4 * width, splat(ZERO), rest)
-
-
-@kernel
 def _store_own(
     attention: Any, group: int, page: int, place: int, proj: int, turns: int, scratch: int
 ) -> None:
@@ -172,7 +161,8 @@ def _store_own(
     keys, h, e = attention.text, attention.h, attention.e
     k = keys.k + page * keys.k_page + group * keys.k_group + place * keys.k_place
     v = keys.v + page * keys.v_page + group * keys.v_group + place * keys.v_place
-    turn(proj + attention.k_at + 4 * group * h, scratch, turns, h, np.float32(1))
+    source = proj + attention.k_at + 4 * group * h
+    turn(source, scratch, turns, turns + 2 * h, h, np.float32(1))
     _write(scratch, k, h, keys.bytes)
     _write(proj + attention.v_at + 4 * group * e, v, e, keys.bytes)
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from hymba.engine.cpu.layout import CONCAT, MEAN, SPAN
 from hymba.engine.cpu.product import look_up, make_ready
-from hymba.engine.cpu.vectors import choose, row_at
+from hymba.engine.cpu.vectors import row_at
 from hymba.ops.cpu.compiled import kernel
+from hymba.ops.cpu.rows import scale_of
 from hymba.ops.cpu.simd import (
-    add,
+    choose,
     fma,
     load,
     load_first,
@@ -27,13 +28,12 @@ from hymba.ops.cpu.simd import (
     read_f32,
     splat,
     store,
-    total,
     write_f32,
 )
 from hymba.ops.cpu.team import claim, finish, wait
 
 ROW_BYTES = 24
-ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
+HALF = np.float32(0.5)
 
 
 @kernel
@@ -87,16 +87,6 @@ def _turns(model: Any, length: int, out: int) -> None:
 
 
 # ---- norm ----------------------------------------------------------------------------------
-
-
-@kernel
-def scale_of(x: int, size: int, eps: float) -> Any:
-    """1 / root mean square"""
-    sums, more = splat(ZERO), splat(ZERO)
-    for c in range(0, size, 32):
-        one, two = load_first(x + 4 * c, size - c), load_first(x + 4 * c + 64, size - c - 16)
-        sums, more = fma(one, one, sums), fma(two, two, more)
-    return ONE / np.sqrt(total(add(sums, more)) / np.float32(size) + eps)
 
 
 @kernel

@@ -1,15 +1,12 @@
-"""Operations that only a decode step needs, beside those of `hymba.ops.cpu.simd`: parts of vectors
-where a width is no multiple of 16, blocks of fused multiply-adds, and records by address."""
+"""Operations that only a decode step needs, beside those of `hymba.ops.cpu.simd`: blocks of fused
+multiply-adds, calls by address, and its records."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from hymba.engine.cpu.layout import LAYER, MODEL, ROW
 from hymba.ops.cpu import simd
@@ -22,35 +19,15 @@ from hymba.ops.cpu.simd import (
     Builder,
     F32x16,
     Floats,
-    I16x16,
-    I32x16,
     Value,
     f32,
     i64,
     none,
     operation,
+    record_at,
 )
 
 Block = types.UniTuple(Floats, LANES)  # 16 vectors
-
-
-# ---- the first lanes of a vector -----------------------------------------------------------
-
-
-@operation(Floats, i64, i64)
-def load_first_bf16(b: Builder, address: Value, count: Value) -> Value:
-    """As simd's `load_first`, of bfloat16."""
-    pointer, zeros = b.inttoptr(address, I16x16.as_pointer()), ir.Constant(I16x16, None)
-    args = pointer, I32(2), simd.ir_first(b, count), zeros
-    x = simd.ir_call(b, "llvm.masked.load.v16i16.p0", I16x16, *args)
-    x = b.shl(b.zext(x, I32x16), simd.ir_constant(I32x16, 16))
-    return b.bitcast(x, F32x16)
-
-
-@operation(Floats, Floats, Floats, i64)
-def choose(b: Builder, x: Value, y: Value, count: Value) -> Value:
-    """The first lanes of x, the others of y."""
-    return b.select(simd.ir_first(b, count), x, y)
 
 
 # ---- blocks --------------------------------------------------------------------------------
@@ -197,17 +174,4 @@ def write_bf16(b: Builder, address: Value, x: Value) -> None:
     simd.ir_store(b, address, b.trunc(b.lshr(rounded, I32(16)), simd.I16), 2)
 
 
-def _record_at(form: np.dtype) -> Any:
-    kind = numba.from_dtype(form)
-
-    @intrinsic
-    def at(context: Any, address: Any) -> Any:
-        def generate(context: Any, b: Builder, signature: Any, values: Any) -> Value:
-            return b.inttoptr(values[0], context.get_value_type(kind))
-
-        return kind(i64), generate
-
-    return at
-
-
-model_at, layer_at, row_at = _record_at(MODEL), _record_at(LAYER), _record_at(ROW)
+model_at, layer_at, row_at = record_at(MODEL), record_at(LAYER), record_at(ROW)

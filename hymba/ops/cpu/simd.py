@@ -21,6 +21,8 @@ import platform
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import numba
+import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
@@ -331,6 +333,15 @@ def store_bf16(b: Builder, address: Value, x: Value) -> None:
     ir_store(b, address, b.trunc(b.lshr(rounded, ir_constant(I32x16, 16)), I16x16), 2)
 
 
+@operation(Floats, i64, i64)
+def load_first_bf16(b: Builder, address: Value, count: Value) -> Value:
+    """As `load_first`, of bfloat16."""
+    zeros = ir.Constant(I16x16, None)
+    args = ir_pointer(b, address, I16x16), I32(2), ir_first(b, count), zeros
+    wide = b.zext(ir_call(b, "llvm.masked.load.v16i16.p0", I16x16, *args), I32x16)
+    return b.bitcast(b.shl(wide, ir_constant(I32x16, 16)), F32x16)
+
+
 @operation(Floats, i64)
 def load_i8(b: Builder, address: Value) -> Value:
     return b.sitofp(ir_load(b, address, I8x16), F32x16)
@@ -393,6 +404,12 @@ def larger(b: Builder, x: Value, y: Value) -> Value:
 @operation(Floats, Floats)
 def absolute(b: Builder, x: Value) -> Value:
     return ir_absolute(b, x)
+
+
+@operation(Floats, Floats, Floats, i64)
+def choose(b: Builder, x: Value, y: Value, count: Value) -> Value:
+    """The first lanes of x, the others of y."""
+    return b.select(ir_first(b, count), x, y)
 
 
 @operation(f32, Floats)
@@ -485,6 +502,20 @@ def read_f32(b: Builder, address: Value) -> Value:
 @operation(none, i64, f32)
 def write_f32(b: Builder, address: Value, x: Value) -> None:
     ir_store(b, address, x, 4)
+
+
+def record_at(form: np.dtype) -> Any:
+    """A function for kernels: address -> the record of this form that lies there."""
+    kind = numba.from_dtype(form)
+
+    @intrinsic
+    def at(context: Any, address: Any) -> Any:
+        def generate(context: Any, b: Builder, signature: Any, values: Any) -> Value:
+            return b.inttoptr(values[0], context.get_value_type(kind))
+
+        return kind(i64), generate
+
+    return at
 
 
 @operation(i64, i64, i64)
