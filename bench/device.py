@@ -52,7 +52,7 @@ GROUPS = (
     "hymba-int4,hymba-int8,llama-3b-q4_0,llama-3b-q8_0"
     "/hymba-int4,hymba-int8,llama-1b-q4_0,llama-1b-q8_0"
     ",falcon-h1-1.5b-q4_0,falcon-h1-1.5b-q8_0"
-    "/hymba-int4,hymba-bf16,transformers-bf16"
+    "/hymba-int4,hymba-int4-kv16,hymba-bf16,transformers-bf16"
 )
 PROMPT = 512
 

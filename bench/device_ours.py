@@ -94,9 +94,9 @@ class Side:
 class Ours(Side):
     """hymba.LLM, batch 1, greedy."""
 
-    def __init__(self, **asked: Any):
+    def __init__(self, kv_dtype: str | None = None, **asked: Any):
         super().__init__(**asked)
-        self.model = load(self.folder)
+        self.model, self.kv_dtype = load(self.folder), kv_dtype
         self.engines: dict[int, LLM] = {}
         self.prompts: dict[int, list[int]] = {}
         self.fill(WARM_UP)  # compiles what is compiled when it is first used, or loads it
@@ -116,7 +116,8 @@ class Ours(Side):
         total = sum(weights.values()) - sum(p.nbytes for p in unread)
         kv = next(x for x in (*self._engine(depth).store.rings, *self._engine(depth).store.paged))
         moved = step_bytes(self.config, depth, kv_bytes=kv.element_size())
-        return total + moved["meta"] + moved["kv"] + moved["states"]
+        once = step_bytes(self.config, depth, kv_bytes=self.model.dtype.itemsize)
+        return total + once["meta"] + moved["kv"] + once["states"]
 
     def _engine(self, depth: int) -> Any:
         return self.engines[depth].engine
@@ -124,7 +125,7 @@ class Ours(Side):
     def fill(self, depth: int, mode: str = "") -> dict[str, Any]:
         room = max(1, depth) + self.room + 2
         one = cache_bytes(self.config, room, kv_bytes=4)["total"]  # the only beginning to be kept
-        limits = Limits(max_sequences=1, max_tokens=room, prefix_bytes=one)
+        limits = Limits(max_sequences=1, max_tokens=room, prefix_bytes=one, kv_dtype=self.kv_dtype)
         self.engines[depth] = LLM(self.model, limits=limits)
         self.prompts[depth] = self.prompt(max(1, depth))
         seconds = self._begin(depth, 2, logprobs=0)

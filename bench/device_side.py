@@ -1,6 +1,7 @@
 """A side of bench/device.py as its parent sees it: a process that is told what to do, by name.
 
 hymba-int4            this package's engine on a folder in few bits (bench/device_ours.py)
+hymba-int4-kv16       the same, with keys and values in bfloat16, as wide as llama.cpp's own
 transformers-bf16     the same model through transformers
 llama-3b-q4_0         llama.cpp on a shape with random weights (bench/device_llama.py)
 """
@@ -18,7 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-OURS = tuple(f"hymba-{scheme}" for scheme in ("int4", "int8", "bf16")) + ("transformers-bf16",)
+NARROW = "-kv16"
+OURS = (
+    *(f"hymba-{scheme}" for scheme in ("int4", "int8", "bf16", "int4-kv16", "int8-kv16")),
+    "transformers-bf16",
+)
 LLAMA = tuple(
     f"{shape}-{form}"
     for shape in ("llama-3b", "llama-1b", "falcon-h1-1.5b", "llama-tiny", "falcon-h1-tiny")
@@ -89,9 +94,10 @@ def command(name: str, options: argparse.Namespace, special: dict[str, Any]) -> 
         python, module = options.llama_python, "bench.device_llama"
         asked |= {"shape": shape, "form": form}
     else:
-        kind, _, scheme = name.rpartition("-")
+        kind, _, scheme = name.removesuffix(NARROW).rpartition("-")
         python, module = sys.executable, "bench.device_ours"
         asked |= {"kind": kind, "scheme": scheme, "preset": options.preset}
+        asked |= {"kv_dtype": "bfloat16"} if name.endswith(NARROW) else {}
     return [str(python), "-P", "-m", module, json.dumps(asked | special)]
 
 

@@ -194,6 +194,8 @@ def _places(
 class Cache:
     """The states of `slots` sequences. `lengths` counts text tokens, never meta tokens."""
 
+    kv_dtype: torch.dtype | None = None  # of K/V, if it is not that of the rows
+
     def __init__(
         self,
         config: Config,

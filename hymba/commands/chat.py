@@ -70,6 +70,8 @@ class Options:
     """cpu, cuda, ...; without it a GPU where there is one."""
     dtype: str | None = None
     """float32, bfloat16, ...; without it the checkpoint's own."""
+    kv_dtype: Annotated[str | None, tyro.conf.arg(metavar="{bfloat16,float32}")] = None
+    """Keys and values in the cache, on a CPU: bfloat16 halves them; without it the model's."""
     quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME")] = None
     """int8, int4 or fp8: the matrices in few bits (a folder made by `hymba quantize` has them)."""
     threads: int = 0
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     names = "max_tokens temperature top_k top_p min_p seed".split()
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     choose_threads(options.threads)
-    alone = Limits(max_sequences=1)
+    alone = Limits(max_sequences=1, kv_dtype=options.kv_dtype)
     with bar() as progress:
         llm = LLM(
             options.model,

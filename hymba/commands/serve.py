@@ -76,6 +76,8 @@ class Options:
     """cpu, cuda, ...; without it a GPU where there is one."""
     dtype: str | None = None
     """float32, bfloat16, ...; without it the checkpoint's own."""
+    kv_dtype: Annotated[str | None, tyro.conf.arg(metavar="{bfloat16,float32}")] = None
+    """Keys and values in the cache, on a CPU: bfloat16 halves them; without it the model's."""
     quantize: Annotated[str | None, tyro.conf.arg(metavar="SCHEME")] = None
     """int8, int4 or fp8: the matrices in few bits (a folder made by `hymba quantize` has them)."""
     threads: int = 0
@@ -146,6 +148,7 @@ def _open(options: Options) -> tuple[LLM, Settings]:
         step_tokens=options.step_tokens,
         cache_bytes=options.cache_mb * MEGABYTE,
         queue=options.queue,
+        kv_dtype=options.kv_dtype,
     )
     folder = find(options.model)
     with bar() as progress:

@@ -99,7 +99,9 @@ class Engine:
         self.room = room = Room.of(config, self.limits, model.device, model.dtype)
         with torch.no_grad():
             meta = model.decoder.meta_states()
-        self.store = Store(config, room.sequences, room.pages, room.max_tokens, meta, like)
+        self.store = Store(
+            config, room.sequences, room.pages, room.max_tokens, meta, like, kv_dtype=room.kv_dtype
+        )
         self._allocated = self.store.nbytes()  # for good; a server asks after each step
         self.pages = Pages(room.pages, room.block)
         self.prefixes = Prefixes(room.prefix_bytes, self.limits.shortest_prefix)

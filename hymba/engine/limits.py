@@ -14,6 +14,7 @@ from hymba.errors import UserError
 GPU_SHARE = 0.85  # of a GPU's free memory, less what a step's activations take
 HOST_SHARE = 0.25  # of a machine's memory
 PREFIX_SHARE = 0.125  # of the cache, for beginnings kept for later
+KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,18 @@ class Limits:
     shortest_prefix: int = 16  # tokens; a shorter beginning is not kept
     host_bytes: int = 4 * 2**30  # of preempted sequences; beyond it they are computed again
     queue: int = 1024  # requests that may wait
+    kv_dtype: str | None = None  # of keys and values, "bfloat16" or "float32" (the model's)
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if value is None and name == "prefix_bytes":
+            if name == "kv_dtype" or value is None and name == "prefix_bytes":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UserError(f"{name} must be a whole number, 0 or more, got {value!r}")
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            known = " or ".join(KV_DTYPES)
+            raise UserError(f"kv_dtype must be {known}, got {self.kv_dtype!r}")
         if self.max_tokens == 1:
             raise UserError("max_tokens must be 2 or more: a prompt and an answer have one each")
         if self.queue == 0:
@@ -52,6 +57,7 @@ class Room:
     pages: int
     sizes: Sizes
     prefix_bytes: int
+    kv_dtype: torch.dtype | None = None  # if it is not the model's
     block: int = KV_BLOCK  # tokens of a page
 
     @property
@@ -66,8 +72,10 @@ class Room:
         max_tokens = min(limits.max_tokens or config.max_positions, config.max_positions)
         asked = limits.max_sequences or (128 if gpu else 16)
         step_tokens = max(limits.step_tokens or (8192 if gpu else 512), asked)
+        kv_dtype = _kv_dtype(limits, device, dtype)
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        sizes = Sizes.of(config, max_tokens, dtype.itemsize, wide)
+        each = (kv_dtype or dtype).itemsize, wide, dtype.itemsize
+        sizes = Sizes.of(config, max_tokens, *each)
         pages = -(-max_tokens // KV_BLOCK) if sizes.page else 0  # of one sequence
         budget = limits.cache_bytes or _found(config, step_tokens, device, dtype)
         spare = sizes.slot + 2 * sizes.page
@@ -86,11 +94,21 @@ class Room:
             )
         if sizes.page:
             max_tokens = min(max_tokens, pages * KV_BLOCK)
-            sizes = Sizes.of(config, max_tokens, dtype.itemsize, wide)  # rings may be smaller
+            sizes = Sizes.of(config, max_tokens, *each)  # rings may be smaller
         prefix = limits.prefix_bytes
         if prefix is None:
             prefix = int(PREFIX_SHARE * (budget if gpu else 2 * budget))
-        return Room(sequences, max_tokens, step_tokens, pages, sizes, prefix)
+        return Room(sequences, max_tokens, step_tokens, pages, sizes, prefix, kv_dtype)
+
+
+def _kv_dtype(limits: Limits, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """None: the model's."""
+    asked = KV_DTYPES.get(limits.kv_dtype or "", dtype)
+    if asked != dtype and device.type != "cpu":
+        raise UserError(
+            f"kv_dtype {limits.kv_dtype}: on a GPU keys and values have the model's dtype"
+        )
+    return None if asked == dtype else asked
 
 
 def _found(config: Config, step_tokens: int, device: torch.device, dtype: torch.dtype) -> int:

@@ -32,10 +32,18 @@ class Sizes:
     page: int
 
     @staticmethod
-    def of(config: Config, max_tokens: int, kv_bytes: int, state_bytes: int) -> Sizes:
+    def of(
+        config: Config,
+        max_tokens: int,
+        kv_bytes: int,
+        state_bytes: int,
+        conv_bytes: int | None = None,
+    ) -> Sizes:
+        """Of an element of K/V, of an SSM state, of the convolution's inputs (as K/V)."""
         found = cache_bytes(config, max_tokens, kv_bytes, state_bytes)
+        conv = cache_bytes(config, max_tokens, conv_bytes or kv_bytes, state_bytes)["conv"]
         pages = -(-max_tokens // KV_BLOCK)
-        slot = found["window_kv"] + found["conv"] + found["ssm"]
+        slot = found["window_kv"] + conv + found["ssm"]
         return Sizes(slot, found["global_kv"] // pages)
 
 
@@ -98,8 +106,9 @@ class Store(Cache):
         meta: Sequence[State],
         like: Tensor,
         state_dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
     ):
-        """`like` and `state_dtype` as for `Cache`."""
+        """`like` and `state_dtype` as for `Cache`; `kv_dtype` of K/V, if not `like`'s."""
         self.config, self.meta, self.spare = config, list(meta), slots
         self.lengths, self.broken = [0] * (slots + 1), set()
         self.kv, self.ssm = [None] * config.num_layers, [None] * config.num_layers
@@ -110,7 +119,8 @@ class Store(Cache):
         self.paged: list[Tensor] = []  # each (layers, pages + 2, G, P, width)
         self.states: list[Tensor] = []  # each (layers, slots + 1, ...)
         self.starts: list[Tensor] = []  # of `states`, without slots
-        self._make_kv(pages, max_tokens, like)
+        self.kv_dtype = kv_dtype
+        self._make_kv(pages, max_tokens, like.to(kv_dtype or like.dtype))
         self._make_ssm(like, torch.promote_types(like.dtype, state_dtype))
         self.reset(self.spare)
         self.clear_pages([pages, self.blank_page])

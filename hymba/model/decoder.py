@@ -82,7 +82,8 @@ class Decoder(nn.Module):
 
     def _before(self, index: int, batch: Batch, cache: Cache) -> Before:
         past = cache.past(index, batch.slots)
-        return Before(cache.meta[index], past, *cache.ssm_state(index, batch.slots))
+        states = cache.ssm_state(index, batch.slots)
+        return Before(cache.meta[index], past, *states, cache.kv_dtype)
 
     @torch.no_grad()
     def step(self, rows: Tensor, lengths: Tensor, layers: Sequence[Held]) -> Tensor:

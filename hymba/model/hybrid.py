@@ -36,6 +36,7 @@ class Before(NamedTuple):
     past: Past | None = None  # K/V of the text before the rows
     conv: Tensor | None = None  # (S or 1, K-1, E)
     ssm: Tensor | None = None  # (S or 1, E, n)
+    kv_dtype: torch.dtype | None = None  # to which K/V are rounded, as those of the past were
 
 
 class Left(NamedTuple):
@@ -131,7 +132,9 @@ class HybridMixer(nn.Module):
     ) -> Left:
         k = apply_rope(rows["k"].unflatten(-1, (-1, self.head_dim)), rope)
         v = rows["v"].unflatten(-1, (-1, self.value_dim))
-        if not torch.is_grad_enabled():
+        if before.kv_dtype is not None:  # now, or a row would see its neighbours as chunks were cut
+            k, v = (x.to(before.kv_dtype).to(x.dtype) for x in (k, v))
+        elif not torch.is_grad_enabled():
             v = v.clone()  # a view would keep all that in_proj gave until the last layer is through
         if not batch.meta:
             return Left(State(k, v), before.meta)

@@ -129,7 +129,8 @@ def check_at_rest(engine: Engine) -> None:
 
 def paged_room(model: LanguageModel, sequences: int, pages: int, **more: Any) -> Limits:
     """Limits with so many slots and pages exactly."""
-    sizes = Engine(model, limits=Limits(max_sequences=1)).room.sizes
+    one = Limits(max_sequences=1, kv_dtype=more.get("kv_dtype"))
+    sizes = Engine(model, limits=one).room.sizes
     nbytes = (sequences + 1) * sizes.slot + (pages + 2) * sizes.page
     limits = Limits(max_sequences=sequences, cache_bytes=nbytes, **more)
     room = Engine(model, limits=limits).room

@@ -26,7 +26,7 @@ def room(config: Config, dtype: torch.dtype = torch.float32, **limits: Any) -> R
     return Room.of(config, Limits(**limits), CPU, dtype)
 
 
-@pytest.mark.parametrize("name", list(Limits.__dataclass_fields__))
+@pytest.mark.parametrize("name", [x for x in Limits.__dataclass_fields__ if x != "kv_dtype"])
 @pytest.mark.parametrize("value", [-1, 1.5, "8", True, None])
 def test_limits_are_whole_numbers(name: str, value: Any) -> None:
     if name == "prefix_bytes" and value is None:
@@ -115,3 +115,25 @@ def test_rings_of_short_sequences_are_short(tiny: Tiny) -> None:
     model = LanguageModel(config)
     store = Store(config, 1, 1, 256, model.decoder.meta_states(), torch.zeros(1))
     assert store.nbytes()["total"] == found.cache_bytes
+
+
+def test_narrow_keys_and_values(tiny: Tiny) -> None:
+    """K/V alone: a layer without them is as large as before; and more sequences fit."""
+    config = tiny("hymba")
+    wide, narrow = room(config), room(config, kv_dtype="bfloat16")
+    assert (wide.kv_dtype, narrow.kv_dtype) == (None, torch.bfloat16)
+    assert narrow.sizes.page * 2 == wide.sizes.page
+    found = cache_bytes(config, 512, kv_bytes=4)
+    assert narrow.sizes.slot == found["window_kv"] // 2 + found["conv"] + found["ssm"]
+    assert room(config, kv_dtype="float32").kv_dtype is None
+    assert room(tiny("mamba"), kv_dtype="bfloat16").sizes == room(tiny("mamba")).sizes
+
+
+def test_what_keys_and_values_may_be(tiny: Tiny) -> None:
+    for bad in ("int8", "float16", 16):
+        with pytest.raises(UserError, match="kv_dtype must be bfloat16 or float32"):
+            Limits(kv_dtype=bad)  # type: ignore[arg-type]
+    limits, cuda = Limits(kv_dtype="bfloat16", cache_bytes=1 << 30), torch.device("cuda")
+    with pytest.raises(UserError, match="on a GPU"):
+        Room.of(tiny("hymba"), limits, cuda, torch.float32)
+    assert Room.of(tiny("hymba"), limits, cuda, torch.bfloat16).kv_dtype is None

@@ -49,10 +49,8 @@ def store_for(model: LanguageModel, slots: int, kv: torch.dtype = torch.float32)
     """Every slot has its pages, in no order; what nobody has written is NaN."""
     each = -(-TOKENS // KV_BLOCK)
     like = model.decoder.final_norm.weight.detach()
-    store = Store(model.config, slots, slots * each, TOKENS, model.decoder.meta_states(), like)
-    if kv != torch.float32:
-        store.rings, store.paged = ([x.to(kv) for x in xs] for xs in (store.rings, store.paged))
-        _point(store)
+    meta, narrow = model.decoder.meta_states(), None if kv == torch.float32 else kv
+    store = Store(model.config, slots, slots * each, TOKENS, meta, like, kv_dtype=narrow)
     for x in (*store.rings, *store.paged):
         x.fill_(float("nan"))
     for state, start in zip(store.states, store.starts, strict=True):
@@ -61,22 +59,6 @@ def store_for(model: LanguageModel, slots: int, kv: torch.dtype = torch.float32)
     places = [(slot, at) for slot in range(slots) for at in range(each)]
     store.set_pages([(slot, at, page) for (slot, at), page in zip(places, pages, strict=True)])
     return store
-
-
-def _point(store: Store) -> None:
-    """Each layer's K/V are parts of the tensors that the store now has."""
-    kinds: dict[tuple[int | None, int], list[int]] = {}
-    for index in store.config.kv_owners:
-        layer = store.config.layers[index]
-        kinds.setdefault((layer.window, store.config.value_dim(layer)), []).append(index)
-    rings, paged = iter(store.rings), iter(store.paged)
-    for (window, _), members in kinds.items():
-        these = paged if window is None else rings
-        k, v = next(these), next(these)
-        for at, index in enumerate(members):
-            kept = store.kv[index]
-            assert kept is not None
-            kept.k, kept.v = k[at], v[at]
 
 
 def copy_store(source: Store, target: Store) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from hymba.config import Config
 from hymba.engine import Engine, Limits, Sampling
@@ -58,24 +59,29 @@ def asks() -> list[Ask]:
     return found
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_says_what_torch_says(plan: str, made: Any) -> None:
+def test_says_what_torch_says(plan: str, kv_dtype: str | None, made: Any) -> None:
     packed, wide = made(plan)
     plays = []
     for model in packed, wide:
-        play = Play(Engine(model, limits=Limits(max_sequences=10)))
+        play = Play(Engine(model, limits=Limits(max_sequences=10, kv_dtype=kv_dtype)))
+        store = play.engine.store
+        kept = {x.dtype for x in (*store.rings, *store.paged)}
+        assert kept <= {getattr(torch, kv_dtype or "float32")}
         assert (play.engine.runner.program is not None) == (model is packed)
         plays.append([play.tokens(request) for request in play.load(asks())])
         check_at_rest(play.engine)
     assert plays[0] == plays[1]
 
 
-def test_pages_run_out(made: Any) -> None:
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16"])
+def test_pages_run_out(kv_dtype: str | None, made: Any) -> None:
     """Who is sent away and comes back goes on with the same tokens."""
     packed, wide = made("hymba")
     how = Sampling(max_tokens=300, stop_ids=())
-    tight = Play(Engine(packed, limits=paged_room(packed, 3, 4)))
-    ample = Play(Engine(packed, limits=Limits(max_sequences=3)))
+    tight = Play(Engine(packed, limits=paged_room(packed, 3, 4, kv_dtype=kv_dtype)))
+    ample = Play(Engine(packed, limits=Limits(max_sequences=3, kv_dtype=kv_dtype)))
     prompts = [[1, 2, 3], [4, 5], [6] * 9]
     said = [[play.tokens(r) for r in play.load([Ask(p, how) for p in prompts])]
             for play in (tight, ample)]  # fmt: skip

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hymba.cache import Cache
+from hymba.cache import Cache, State
 from hymba.config import Config
+from hymba.engine.store import Store
 from hymba.model.batch import Batch
 from hymba.model.decoder import LanguageModel
+from hymba.model.hybrid import HybridMixer
 from hymba.ops.backend import forget
-from tests.engine.cpu.packing import pair
+from tests.engine.cpu.packing import off, pair, store_for
 
 pytest.importorskip("numba")
 PLANS = ["hymba", "samba", "mamba", "llama-meta"]
@@ -78,3 +80,71 @@ def test_beside_others(plan: str, made: Any) -> None:
     for slot, ids in enumerate(rows):
         states, alone = read(model, ids, 1000)
         assert torch.equal(hidden[slot], alone) and same(left(cache, slot), states)
+
+
+# ---- narrow K/V ----------------------------------------------------------------------------
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def stores(model: LanguageModel) -> tuple[Store, Store]:
+    narrow, wide = store_for(model, 2, torch.bfloat16), store_for(model, 2)
+    kv = [x for store in (narrow, wide) for x in (*store.rings, *store.paged)]
+    assert [x.element_size() for x in kv] == [2] * (len(kv) // 2) + [4] * (len(kv) // 2)
+    for x in kv:
+        x.zero_()
+    return narrow, wide
+
+
+@pytest.mark.parametrize("plan", ["hymba", "llama-meta"])
+def test_narrow_is_a_wide_cache_rounded_by_hand(
+    plan: str, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, also in the middle of a prompt; and near what is not rounded at all."""
+    monkeypatch.setattr("hymba.ops.cpu.tiles.exact_asked", lambda: True)
+    model, counts = made(plan), [70, 9]
+    narrow, wide = stores(model)
+    rows, batch = tokens(79), Batch.of(counts)
+    plain = model(rows, batch, store_for(model, 2))
+    hidden = model(rows, batch, narrow)
+    first = HybridMixer.keys_and_values
+
+    def by_hand(self: HybridMixer, *args: Any) -> Any:
+        k, v, *others = (left := first(self, *args)).text
+        return left._replace(text=State(rounded(k), rounded(v), *others))
+
+    monkeypatch.setattr(HybridMixer, "keys_and_values", by_hand)
+    assert torch.equal(model(rows, batch, wide), hidden)
+    for x, y in zip((*narrow.rings, *narrow.paged), (*wide.rings, *wide.paged), strict=True):
+        assert torch.equal(x.float(), y)
+    assert 1e-5 < off(hidden, plain) < 2e-2
+    more = Batch.of([30, 30], counts)
+    assert torch.equal(model(tokens(60), more, narrow), model(tokens(60), more, wide))
+
+
+@pytest.mark.parametrize("plan", ["hymba", "llama-meta"])
+def test_narrow_and_cut_in_any_way(plan: str, made: Any) -> None:
+    model, ids, found = made(plan), tokens(200), []
+    for chunk in (200, 37):
+        store, _ = stores(model)
+        for at in range(0, 200, chunk):
+            some = ids[at : at + chunk]
+            hidden = model(some, Batch.of([len(some)], [at]), store)
+        found.append([hidden[-1], *(x.clone() for x in (*store.rings, *store.paged))])
+    assert same(found[0], found[1])
+
+
+@pytest.mark.parametrize("plan", ["hymba", "llama-meta"])
+def test_narrow_by_torch(plan: str, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers between two of bfloat16's go here up and there down, so they are near, not equal."""
+    monkeypatch.setattr("hymba.ops.cpu.tiles.exact_asked", lambda: True)
+    model, hidden = made(plan), []
+    for backend in ("numba", "torch"):
+        monkeypatch.setenv("HYMBA_BACKEND", backend)
+        forget()
+        store, _ = stores(model)
+        model(tokens(79), Batch.of([70, 9]), store)
+        hidden.append(model(tokens(60), Batch.of([30, 30], [70, 9]), store))
+    assert off(*hidden) < 5e-3
