@@ -173,7 +173,7 @@ def packed_rows(ids: Tensor, packed: Packed, dtype: torch.dtype = torch.float32)
     ends = parts[..., -2 * TILE :].unflatten(-1, (TILE, 2))[tile, :, row]  # (N, groups, 2)
     if scheme.bits == 4:
         raw = torch.stack([raw & 15, raw >> 4], dim=-2)
-    codes = raw.flatten(2).float() - (scheme.most + 1)  # (N, groups, G)
+    codes = decode(raw.flatten(2), scheme).float()  # (N, groups, G)
     wide = codes * ends.contiguous().view(torch.float16).float()
     return wide.flatten(1)[:, : packed.columns].to(dtype)
 
