@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ class Runner:
         past = [self.store.lengths[slot] for slot in slots]
         rows = torch.tensor([token for _, tokens in chunks for token in tokens])
         batch = Batch.of(counts, past, slots, device=self.device)
-        self.model(send(rows, self.device), batch, self.store)
+        with _torch_alone() if self.program is not None else nullcontext():
+            self.model(send(rows, self.device), batch, self.store)
         if self.device.type == "cpu" and len(rows) >= MANY_ROWS:
             _give_back_memory()
 
@@ -152,6 +154,18 @@ class Runner:
         with torch.cuda.graph(graph, pool=self._pool):
             spoken = self._step(slots)
         return Captured(graph, slots, spoken)
+
+
+@contextmanager
+def _torch_alone() -> Iterator[None]:
+    """Torch on one thread, where all that is long is done by kernels of ours: its other threads
+    wait busily after each call, for the next one, on the cores that ours need now."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _give_back_memory() -> None:
