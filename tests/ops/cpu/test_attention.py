@@ -3,6 +3,10 @@ and that a row's numbers do not depend on how its prompt was cut, bit for bit.""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from hymba.ops import Meta, Past, Segments
 from hymba.ops.attention import attention_reference
 from hymba.ops.backend import forget
 from hymba.ops.cpu import attention as kernels
+from hymba.ops.cpu import simd
 from hymba.ops.cpu.team import Team
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
@@ -152,6 +157,27 @@ def test_a_past_that_lacks_what_is_seen() -> None:
     case.past.positions[0, 22 % 9] = -1  # of the first row's window the first
     assert kernels.attention(*case.rows, case.segments, 8, None, case.past) is None
     close(case.run(ops.attention), case.wanted())
+
+
+NARROW = """
+from hymba.ops.cpu import dense
+from tests.ops.cpu.test_attention import Case, close
+assert dense.WIDE == 1
+for case in (Case((150, 7), window=40, meta=3), Case((9, 30), window=20, begins=(3, 50))):
+    close(case.run(), case.wanted())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not simd.X86, reason="takes features away from an x86")
+def test_narrower_registers() -> None:
+    """As on a CPU with AVX2 alone, where they hold fewer sums."""
+    kept = [f"+{x}" for x in sorted(simd.FEATURES) if not x.startswith("avx512")]
+    told = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ",".join(kept)}
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW], env=os.environ | told, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
