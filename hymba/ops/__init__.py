@@ -320,7 +320,8 @@ def packed_fuse_linear(
     """residual + packed_linear(fuse_heads(attention, ssm), packed), without gradients: attention,
     ssm (S, columns), residual (S, rows) -> (S, rows)."""
     name, width = "packed_fuse_linear", packed.columns
-    _fit(name, attention=(attention.shape[1], width), ssm=(ssm.numel(), attention.numel()))
+    _fit(name, attention=(attention.shape[1], width), ssm=(ssm.shape[1], width))
+    _fit(name, ssm_rows=(len(ssm), len(attention)))
     _fit(name, weight=(len(attention_weight), width), ssm_weight=(len(ssm_weight), width))
     _fit(name, rows=(len(residual), len(attention)), residual=(residual.shape[1], packed.rows))
     op = twin(name, attention)

@@ -155,9 +155,9 @@ def _fuse_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     there = (row < rows) & (column < D)
+    wait(CHAINED)  # also for the weights, which may be a sign or a scalar times a norm's
     wa = tl.load(a_weight + column, mask=column < D, other=0.0)
     wb = tl.load(b_weight + column, mask=column < D, other=0.0)
-    wait(CHAINED)
     va = tl.load(a + row * a_stride + column, mask=there, other=0.0).to(tl.float32)
     vb = tl.load(b + row * b_stride + column, mask=there, other=0.0).to(tl.float32)
     wa, wb = wa.to(tl.float32), wb.to(tl.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,13 +22,14 @@ log = logging.getLogger("hymba")
 
 @cache
 def present() -> bool:
-    """Whether cuda-core and NVRTC are there and work."""
-    if os.environ.get("HYMBA_CUDA") == "0":
+    """Whether a kernel can be compiled and loaded on the current device."""
+    if os.environ.get("HYMBA_CUDA") == "0" or not torch.cuda.is_available():
         return False
     try:
-        from cuda.core import Program
+        from cuda.core import LaunchConfig
 
-        Program('extern "C" __global__ void nothing() {}', "c++").compile("ptx")
+        LaunchConfig(grid=1, block=1, programmatic_stream_serialization=True)  # from 1.2 on
+        _kernel(lambda _: "__global__ void nothing() {}", "nothing", _current())
     except ImportError:
         return False
     except Exception as error:  # NVRTC is looked for at its first use, in ways of its own
@@ -51,14 +53,24 @@ def launch(
     in place before the kernel in front has ended (`chain_triton`)."""
     from cuda import core
 
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = _current() if device.index is None else device.index
     with torch.cuda.device(index):
+        if getattr(_thread, "index", None) != index:  # its first kernel may be this one
+            core.Device(index).set_current()
+            _thread.index = index
         kernel = _kernel(source, name, index)
         _make_room(kernel, name, shared, index)
         stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
         more = {"programmatic_stream_serialization": True} if chained else {}
         config = core.LaunchConfig(grid=grid, block=threads, shmem_size=shared, **more)
         core.launch(stream, config, kernel, *(_pointer(x, index) for x in args))
+
+
+_thread = threading.local()
+
+
+def _current() -> int:
+    return torch.cuda.current_device()
 
 
 @cache

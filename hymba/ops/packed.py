@@ -77,7 +77,8 @@ def best_scales(x: Tensor, scheme: Scheme) -> Tensor:
     for steps in _ends(scheme):
         scale = (largest / steps).half()
         if not bool(torch.isfinite(scale).all()):
-            raise SchemeError(f"it holds numbers above {65504 * scheme.most:,}")
+            limit = int(65504 * min(map(abs, _ends(scheme))))
+            raise SchemeError(f"it holds numbers above {limit:,}")
         error = (round_to(x, scale, scheme).float() * scale[..., None].float() - x).square().sum(-1)
         best, least = torch.where(error < least, scale, best), error.minimum(least)
     return best

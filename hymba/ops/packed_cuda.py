@@ -59,8 +59,9 @@ def supports(packed: Packed, inputs: list[Input], residual: Tensor | None) -> bo
     given = [x for x in (*(x for pair in inputs for x in pair), residual) if x is not None]
     right = all(x.is_cuda and x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in given)
     read = [x for pair in inputs for x in pair if x is not None]
-    whole = all(x.data_ptr() % 16 == 0 and (x.ndim == 1 or x.stride(0) % 8 == 0) for x in read)
-    return packed.columns % 8 == 0 and right and whole and nvrtc.present()
+    whole = all(x.data_ptr() % 16 == 0 and (len(x) == 1 or x.stride(0) % 8 == 0) for x in read)
+    tiles = packed.tiles.is_contiguous() and packed.tiles.data_ptr() % 8 == 0
+    return packed.columns % 8 == 0 and right and whole and tiles and nvrtc.present()
 
 
 def product(
@@ -71,7 +72,8 @@ def product(
     gated: bool = False,
 ) -> Tensor:
     """residual + F.linear(x, matrix), x the input, or its norm, or the mean of two norms; gated: of
-    two matrices one behind the other, the first through swiglu with the second. Up to MOST_ROWS."""
+    two matrices one behind the other, the first through swiglu with the second. For up to MOST_ROWS
+    rows. The matrix must lie there finished: it is read before kernels in front have ended."""
     x, scheme = inputs[0].rows, packed.scheme
     count, rows = len(x), packed.rows // 2 if gated else packed.rows
     groups, blocks = scheme.groups(packed.columns), cdiv(rows, HALF)

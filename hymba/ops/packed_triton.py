@@ -45,13 +45,11 @@ from hymba.ops.backend import cdiv, chains, dense_last, launch, next_power_of_2,
 from hymba.ops.chain_triton import wait
 from hymba.ops.norm_triton import fuse_heads, rms_norm
 from hymba.ops.packed import TILE, Packed
-from hymba.ops.packed_cuda import Input
+from hymba.ops.packed_cuda import MOST_ROWS, PROCESSORS, Input
 from hymba.ops.step_triton import dot_type
 from hymba.ops.swiglu_triton import swiglu
 from hymba.schemes import SCHEMES
 
-MOST_ROWS = 32
-PROCESSORS = 132  # of an H100 or H200
 # Rows of activations that a program takes, the narrowest of a matrix instruction. Also for one row,
 # which then is what it is beside others: one row's own program gave wrong sums on an H200.
 BLOCK = 8

@@ -185,10 +185,10 @@ def _fuse_linear_kernel(
 ):  # fmt: skip
     output, column = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS)
     w = _weights(weight, output, column, F, stride_w, D)
+    kind: tl.constexpr = out.dtype.element_ty
+    wait(CHAINED)  # also for these, which may be a sign or a scalar times a norm's weights
     a_scales = tl.load(a_weight + column, mask=column < D, other=0.0)
     b_scales = tl.load(b_weight + column, mask=column < D, other=0.0)
-    kind: tl.constexpr = out.dtype.element_ty
-    wait(CHAINED)
     for row in tl.static_range(ROWS):
         v = _normed(_row(a, row, S, stride_a, column, D), a_scales, eps, D, kind)
         v += _normed(_row(b, row, S, stride_b, column, D), b_scales, eps, D, kind)

@@ -9,7 +9,7 @@
 // so that nothing moves between lanes: which column is which k is free as long as both sides agree,
 // and so is which row is which m.
 //
-// What bounds it. The bytes of the matrix, read once; and nearly as much the instructions: 18 to make
+// What bounds it. The bytes of the matrix, read once; and nearly as much the instructions: 22 to make
 // 16 codes of 4 bits into numbers, two by two, and as many for all else, whether x has one row or
 // eight. So there are few:
 //
@@ -17,7 +17,7 @@
 //  * A norm costs no pass of its own: x times the norm's weights goes into the product, the root of
 //    the mean square is a factor of the result; and the squares are summed by the tensor cores,
 //    as the diagonal of x times x transposed.
-//  * So does the mean of two normed inputs: two sums, each with its own factor in the end.
+//  * Nor does the mean of two normed inputs: two sums, each with its own factor in the end.
 //
 // A block has 16 rows of the matrix (of gate and up 16 each) with all their columns; its warps share
 // the groups of columns, their sums are added in one order in the end. No sum is shared between
@@ -205,7 +205,7 @@ template <class S> __global__ void __launch_bounds__(32 * S::WARPS) packed_produ
     int count, int rows, int columns, int groups, float eps) {
     constexpr int HALVES = S::HALVES, INPUTS = S::INPUTS, EIGHTS = S::EIGHTS, WARPS = S::WARPS;
     constexpr int AHEAD = S::AHEAD, VECTORS = S::VECTORS;
-    __shared__ float sums[WARPS][HALVES][INPUTS][EIGHTS][8][16];
+    __shared__ __align__(16) float sums[WARPS][HALVES][INPUTS][EIGHTS][8][16];
     __shared__ float squares[WARPS][INPUTS][EIGHTS][8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = lane / 4, t = lane % 4;
     const int tile = blockIdx.x / 2, half = blockIdx.x % 2, first_row = blockIdx.y * 8 * EIGHTS;
