@@ -56,12 +56,17 @@ class Input(NamedTuple):
 
 def supports(packed: Packed, inputs: list[Input], residual: Tensor | None) -> bool:
     """Whether the source serves such tensors: bfloat16, rows in whole pieces of 16 bytes."""
-    given = [x for x in (*(x for pair in inputs for x in pair), residual) if x is not None]
-    right = all(x.is_cuda and x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in given)
     read = [x for pair in inputs for x in pair if x is not None]
-    whole = all(x.data_ptr() % 16 == 0 and (len(x) == 1 or x.stride(0) % 8 == 0) for x in read)
+    given = read if residual is None else [*read, residual]
+    right = all(x.is_cuda and x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in given)
     tiles = packed.tiles.is_contiguous() and packed.tiles.data_ptr() % 8 == 0
-    return packed.columns % 8 == 0 and right and whole and tiles and nvrtc.present()
+    whole = packed.columns % 8 == 0 and all(map(_whole, read))
+    return right and tiles and whole and nvrtc.present()
+
+
+def _whole(x: Tensor) -> bool:
+    """Whether every row of x, or a vector, starts where 16 bytes can be read at once."""
+    return x.data_ptr() % 16 == 0 and (x.ndim == 1 or len(x) == 1 or x.stride(0) % 8 == 0)
 
 
 def product(

@@ -14,6 +14,7 @@ from hymba import ops  # noqa: E402
 from hymba.ops import nvrtc, packed_cuda, packed_triton  # noqa: E402
 from hymba.ops import packed as plain  # noqa: E402
 from hymba.ops.packed import Packed, decode, dequantize, pack  # noqa: E402
+from hymba.ops.packed_cuda import Input  # noqa: E402
 from hymba.ops.packed_triton import MOST_ROWS, Cut, Tiling  # noqa: E402
 from hymba.schemes import SCHEMES, Scheme  # noqa: E402
 
@@ -115,6 +116,31 @@ def test_any_cut(cut: Cut, scheme: Scheme, device: str, monkeypatch: pytest.Monk
     x = activations(2, packed.columns, torch.bfloat16, device)
     want = x.double() @ dequantize(packed, torch.float64).T
     close(packed_triton.packed_linear(x, packed), want, x.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@ALL
+def test_what_cuda_serves(scheme: Scheme) -> None:
+    """All that a model has, or a wrong question would leave it to Triton without a word."""
+    if not nvrtc.present():
+        pytest.skip("needs cuda-core")
+    held = matrix((1600, 3200), scheme, "cuda")
+    rows, norm = (activations(n, 3200, torch.bfloat16, "cuda") for n in (5, 1))
+    inputs = [Input(rows, norm[0]), Input(rows.contiguous(), norm[0])]
+    residual = activations(5, 1600, torch.bfloat16, "cuda")
+    assert packed_cuda.supports(held, inputs, residual)
+    assert packed_cuda.supports(held, [Input(rows[:1, ::1])], None)
+    odd = torch.empty(held.tiles.numel() + 4, dtype=torch.uint8, device="cuda")[4:]
+    for wrong in (
+        (held, [Input(rows.half())], None),
+        (held, [Input(rows, norm[0].float())], None),
+        (held, [Input(rows)], residual.float()),
+        (held._replace(tiles=odd.view(held.tiles.shape)), [Input(rows)], None),
+        (held._replace(columns=3196), [Input(rows)], None),
+        (held, [Input(activations(5, 3203, torch.bfloat16, "cuda")[:, 3:])], None),
+    ):
+        assert not packed_cuda.supports(*wrong)
 
 
 @pytest.mark.gpu
