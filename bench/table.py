@@ -265,12 +265,12 @@ def engine_notes(data: Mapping[str, Any]) -> list[str]:
 
 def packed_table(data: Mapping[str, Any]) -> str:
     steps, rows = data["engine"], data["results"]
-    context = steps[0]["context"]
+    context, read = steps[0]["context"], data["ceilings"]["read_bytes_per_s"] / 1e12
     lines = [
         f"**Weights in few bits on a GPU:** a decode step of {data['model']} behind {context:,}"
         f" tokens a sequence, random weights, on one {data['device']} (driver {data['driver']},"
-        f" torch {data['torch']}, {data['date'][:10]}; {data['ceilings']['read_bytes_per_s'] / 1e12:.2f}"
-        f" TB/s read in the same run; [{data['file']}]({data['file']})):",
+        f" torch {data['torch']}, {data['date'][:10]}; {read:.2f} TB/s read in the same run;"
+        f" [{data['file']}]({data['file']})):",
         "",
         "| | batch | ms a step | tokens a second | times bfloat16 | of the limit | weights |",
         "|---|---|---|---|---|---|---|",
