@@ -20,6 +20,7 @@ a side that fails is left out in one line, and the others go on. Ctrl-C keeps wh
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -42,6 +43,7 @@ EXAMPLES = """examples:
   python -m bench.device --llama-python ~/llama/bin/python    everything, about 40 minutes
   python -m bench.device --sides hymba-int4,llama-3b-q4_0 --depths 0,4096
   python -m bench.device --sides hymba-int4,hymba-bf16,transformers-bf16 --rounds 3
+  python -m bench.device --sides hymba-int8,llama-3b-q8_0 --again      into the same file
   python -m bench.device --preset hymba-tiny --sides hymba-int4,hymba-int8 --depths 0,64
 
 llama.cpp's sides need a Python that has it, this one or another:
@@ -365,6 +367,9 @@ def read(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where the results go (results/device-CPU.json)"
     )
+    parser.add_argument(
+        "--again", action="store_true", help="put these groups in the place of those in the file"
+    )
     options = parser.parse_args(argv)
     for name in ("threads", "rounds", "tokens"):
         if getattr(options, name) < 1:
@@ -424,17 +429,39 @@ def shown(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def groups_of(path: Path, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a file has, if it is of the same measurement on the same machine."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        sys.exit(f"--again: {path} cannot be read ({error.strerror})")
+    for name in ("cpu", "torch", "threads", "preset", "prompt", "depths", "rounds", "tokens"):
+        if old.get(name) != data[name]:
+            sys.exit(f"--again: {path} has {name} {old.get(name)}, this would be {data[name]}")
+    return old["groups"]
+
+
+def placed(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group in the place of the one with its sides, or behind all."""
+    sides = set(group["sides"]) | set(group["left_out"])
+    same = [set(old["sides"]) | set(old["left_out"]) == sides for old in groups]
+    if True not in same:
+        return [*groups, group]
+    return [group if here else old for here, old in zip(same, groups, strict=True)]
+
+
 def measure(options: argparse.Namespace, report: Report) -> None:
     """Group after group; the report has each round as soon as it is over."""
     reader = Reader(options.threads)
     for names in options.sides:
         group, done = Group(names, options, reader), report.data["groups"]
+        when = {name: report.data[name] for name in ("date", "command", "load_before")}
         try:
             group.start()
             for turn in range(options.rounds + 1):
                 began = time.perf_counter()
                 group.round(turn)
-                report.put(groups=[*done, group.result()])
+                report.put(groups=placed(done, group.result() | when))
                 seconds = time.perf_counter() - began
                 print(
                     f"round {turn} of {options.rounds} ({seconds:.0f} s){group.now()}", flush=True
@@ -451,7 +478,7 @@ def main(argv: list[str] | None = None) -> int:
     if not options.sides:
         return 1
     path = options.json or Path("results") / f"device-{slug(data['cpu'])}.json"
-    report = Report(path, data | {"groups": []})
+    report = Report(path, data | {"groups": groups_of(path, data) if options.again else []})
     print(f"{data['cpu']}, {options.threads} threads, load {data['load_before']}")
     try:
         measure(options, report)

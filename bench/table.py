@@ -405,6 +405,8 @@ def times_cell(row: Mapping[str, Any] | None) -> str:
 
 
 def side_name(side: str, data: Mapping[str, Any]) -> str:
+    if side.endswith("-kv16"):
+        return side_name(side.removesuffix("-kv16"), data) + ", K/V bfloat16"
     shape, _, form = side.rpartition("-")
     if shape in ("hymba", "transformers"):
         return f"{data['preset']} {form}" + (", transformers" if shape != "hymba" else "")

@@ -79,7 +79,7 @@ def run(tmp_path: Path, *argv: str) -> tuple[int, dict[str, Any]]:
 
 def test_examples_are_accepted() -> None:
     lines = [line for line in device.EXAMPLES.splitlines() if "-m bench.device" in line]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         words = re.split(r"\s{3,}", line.strip())[0].split()
         device.read(words[3:])
@@ -178,6 +178,20 @@ def test_a_run_of_fakes(fakes: None, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert row in made
     assert "| hymba-1.5b int4 / Llama-3.2-3B Q4_0, llama.cpp | 4.00× (4.00 to 4.00) | 2.5" in made
     assert "Llama-3.2-1B" not in made
+
+
+def test_a_group_again(fakes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its place in the file is taken, the others stay; another measurement's is not touched."""
+    asked = "--depths", "0", "--rounds", "2"
+    _, before = run(tmp_path, "--sides", "hymba-int4,llama-3b-q4_0/hymba-int8", *asked)
+    code, data = run(tmp_path, "--sides", "llama-3b-q4_0,hymba-int4", *asked, "--again")
+    assert code == 0 and data["groups"][1] == before["groups"][1]
+    assert list(data["groups"][0]["sides"]) == ["llama-3b-q4_0", "hymba-int4"]
+    _, data = run(tmp_path, "--sides", "hymba-int4", *asked, "--again")
+    assert [set(group["sides"]) for group in data["groups"]][2:] == [{"hymba-int4"}]
+    with pytest.raises(SystemExit, match="has rounds 2, this would be 3"):
+        run(tmp_path, "--sides", "hymba-int4", "--depths", "0", "--rounds", "3", "--again")
+    assert json.loads((tmp_path / "device.json").read_text()) == data
 
 
 def test_stopped_it_keeps_the_rounds_that_were_whole(
