@@ -27,8 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import hymba.ops.norm as norms
-from hymba.ops.swiglu import swiglu
+from hymba.ops.backend import twin
 from hymba.schemes import Scheme, SchemeError
 
 TILE = 32
@@ -206,22 +205,23 @@ def _name_faster(scheme: Scheme) -> None:
         log.warning("hymba: weights in few bits are slow here without: pip install 'hymba[cpu]'")
 
 
-# What a decode step has before and behind a product; plain PyTorch has it one by one.
+# What a decode step has before and behind a product, one by one: each by what serves it.
 
 
 def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, packed: Packed) -> Tensor:
     """x (S, columns) -> (S, rows), of its norm."""
-    return packed_linear(norms.rms_norm(x, norm_weight, eps), packed)
+    return _product(twin("rms_norm", x)(x, norm_weight, eps), packed)
 
 
 def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Packed) -> Tensor:
     """x (S, columns), the rows of gate and of up one behind the other -> (S, rows / 2)."""
-    return swiglu(*packed_norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1))
+    gate, up = packed_norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1)
+    return twin("swiglu", gate)(gate, up)
 
 
 def packed_linear_add(x: Tensor, packed: Packed, residual: Tensor) -> Tensor:
     """x (S, columns), residual (S, rows) -> (S, rows)."""
-    return residual + packed_linear(x, packed)
+    return residual + _product(x, packed)
 
 
 def packed_fuse_linear(
@@ -234,5 +234,9 @@ def packed_fuse_linear(
     residual: Tensor,
 ) -> Tensor:
     """attention, ssm (S, columns), their norms' weights, residual (S, rows) -> (S, rows)."""
-    fused = norms.fuse_heads(attention, ssm, attention_weight, ssm_weight, eps)
+    fused = twin("fuse_heads", attention)(attention, ssm, attention_weight, ssm_weight, eps)
     return packed_linear_add(fused, packed, residual)
+
+
+def _product(x: Tensor, packed: Packed) -> Tensor:
+    return twin("packed_linear", x)(x, packed)

@@ -346,7 +346,7 @@ def _product(
 ) -> Tensor:
     tiles, rows, columns, scheme = packed
     return _operator(
-        tiles, rows, columns, scheme.name, x, norm, eps, residual, gated, other, other_norm
+        tiles, rows, columns, scheme.name, gated, x, norm, eps, residual, other, other_norm
     )  # fmt: skip
 
 
@@ -356,11 +356,11 @@ def _operator(
     rows: int,
     columns: int,
     scheme: str,
+    gated: bool,
     x: Tensor,
     norm: Tensor | None,
     eps: float,
     residual: Tensor | None,
-    gated: bool,
     other: Tensor | None,
     other_norm: Tensor | None,
 ) -> Tensor:
@@ -381,16 +381,7 @@ def _operator(
 
 @_operator.register_fake
 def _(
-    tiles: Tensor,
-    rows: int,
-    columns: int,
-    scheme: str,
-    x: Tensor,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-    *_: Any,
+    tiles: Tensor, rows: int, columns: int, scheme: str, gated: bool, x: Tensor, *_: Any
 ) -> Tensor:
     return x.new_empty(len(x), rows // 2 if gated else rows)
 

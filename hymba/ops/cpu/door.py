@@ -60,38 +60,6 @@ def packed_linear(x: Tensor, packed_: Packed) -> Tensor:
     return tiles.packed_linear(x, packed_)
 
 
-# What stands before and behind it in a step.
-
-
-def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, packed_: Packed) -> Tensor:
-    """x (S, columns) -> (S, rows), of its norm."""
-    return packed_linear(rms_norm(x, norm_weight, eps), packed_)
-
-
-def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Packed) -> Tensor:
-    """x (S, columns), the rows of gate and of up one behind the other -> (S, rows / 2)."""
-    return swiglu(*packed_norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1))
-
-
-def packed_linear_add(x: Tensor, packed_: Packed, residual: Tensor) -> Tensor:
-    """x (S, columns), residual (S, rows) -> (S, rows)."""
-    return residual + packed_linear(x, packed_)
-
-
-def packed_fuse_linear(
-    attention: Tensor,
-    ssm: Tensor,
-    attention_weight: Tensor,
-    ssm_weight: Tensor,
-    eps: float,
-    packed_: Packed,
-    residual: Tensor,
-) -> Tensor:
-    """attention, ssm (S, columns), their norms' weights, residual (S, rows) -> (S, rows)."""
-    fused = fuse_heads(attention, ssm, attention_weight, ssm_weight, eps)
-    return packed_linear_add(fused, packed_, residual)
-
-
 # Row by row.
 
 
