@@ -63,6 +63,12 @@ def filled(folder: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def check_place(folder: Path) -> None:
+    """Raise what `filled` would where nothing can be written: before long work, not behind it."""
+    with filled(folder):
+        pass
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a kill left."""
     return all(map(is_leftover, folder.iterdir()))

@@ -11,7 +11,7 @@ import tyro
 
 from hymba.commands import bar, choose_threads, parse
 from hymba.errors import UserError
-from hymba.files import filled
+from hymba.files import check_place
 from hymba.schemes import scheme_named
 
 EXAMPLES = (
@@ -65,8 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if scheme is not None:
         check_scheme(scheme)
     check_folder(options.onnx, options.force)
-    with filled(options.onnx):
-        pass  # a place that cannot be written to is told before the work
+    check_place(options.onnx)
     choose_threads(options.threads)
     with bar() as progress:
         dtype = "float32" if options.check else None

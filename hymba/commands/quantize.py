@@ -11,7 +11,7 @@ import tyro
 
 from hymba.commands import bar, choose_threads, parse
 from hymba.errors import UserError
-from hymba.files import filled, is_empty
+from hymba.files import check_place, filled, is_empty
 from hymba.schemes import SCHEMES, scheme_named
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def main(argv: Sequence[str]) -> int:
     choose_threads(options.threads)
     from hymba.weights import load, save
 
-    with filled(options.folder):
-        pass  # a place that cannot be written to is told before the work
+    check_place(options.folder)
     with bar() as progress:
         if options.text:
             model = _calibrated(options, scheme.name, progress)
