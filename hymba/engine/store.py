@@ -39,11 +39,10 @@ class Sizes:
         state_bytes: int,
         conv_bytes: int | None = None,
     ) -> Sizes:
-        """Of an element of K/V, of an SSM state, of the convolution's inputs (as K/V)."""
-        found = cache_bytes(config, max_tokens, kv_bytes, state_bytes)
-        conv = cache_bytes(config, max_tokens, conv_bytes or kv_bytes, state_bytes)["conv"]
+        """Bytes of an element as for `cache_bytes`."""
+        found = cache_bytes(config, max_tokens, kv_bytes, state_bytes, conv_bytes)
         pages = -(-max_tokens // KV_BLOCK)
-        slot = found["window_kv"] + conv + found["ssm"]
+        slot = found["window_kv"] + found["conv"] + found["ssm"]
         return Sizes(slot, found["global_kv"] // pages)
 
 

@@ -103,12 +103,16 @@ def _keys_seen(config: Config, layer: Layer, tokens: int, past: int) -> int:
 
 
 def cache_bytes(
-    config: Config, tokens: int, kv_bytes: int = 2, state_bytes: int = 4
+    config: Config,
+    tokens: int,
+    kv_bytes: int = 2,
+    state_bytes: int = 4,
+    conv_bytes: int | None = None,
 ) -> dict[str, int]:
     """Bytes that one sequence of `tokens` text tokens holds, by kind, as `Cache.nbytes` counts.
 
-    `kv_bytes` an element of K/V and convolution inputs, `state_bytes` of an SSM state. "total" is
-    per sequence; "meta" is held once for all sequences."""
+    `kv_bytes` an element of K/V, `state_bytes` of an SSM state, `conv_bytes` of the convolution's
+    inputs (as K/V). "total" is per sequence; "meta" is held once for all sequences."""
     found = dict.fromkeys(("global_kv", "window_kv", "conv", "ssm"), 0)
     meta = 0
     for layer in config.layers:
@@ -118,7 +122,7 @@ def cache_bytes(
             found[kind] += layer.kv_places(tokens) * width
             meta += config.meta_tokens * width
         if layer.ssm:
-            conv = (config.ssm_conv - 1) * config.inner_size * kv_bytes
+            conv = (config.ssm_conv - 1) * config.inner_size * (conv_bytes or kv_bytes)
             ssm = config.inner_size * config.ssm_state * state_bytes
             found["conv"] += conv
             found["ssm"] += ssm
