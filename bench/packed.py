@@ -106,6 +106,12 @@ def weights_of(columns: int) -> Tensor:
     return activations(1, columns)[0]
 
 
+def inputs_of(count: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two inputs of a product, a norm's weights, and what is added behind it."""
+    x, y = activations(count, columns), activations(count, columns)
+    return x, y, weights_of(columns), activations(count, rows)
+
+
 class Bench:
     def __init__(self, options: argparse.Namespace, report: gpu.Report, bandwidth: float):
         self.options, self.report, self.bandwidth = options, report, bandwidth
@@ -231,8 +237,7 @@ class Bench:
             first._replace(tiles=first.tiles.clone())
             for _ in range(self.copies(first.tiles.nbytes))
         ]
-        x, y, norm = activations(count, columns), activations(count, columns), weights_of(columns)
-        residual = activations(count, rows)
+        x, y, norm, residual = inputs_of(count, rows, columns)
         calls = {
             "": lambda w: ops.packed_linear(x, w),
             "norm": lambda w: ops.packed_norm_linear(x, norm, EPS, w),
@@ -297,8 +302,7 @@ class Bench:
 
     @staticmethod
     def _thin(around: str, n: int, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
-        x, y, norm = activations(n, columns), activations(n, columns), weights_of(columns)
-        residual = activations(n, rows)
+        x, y, norm, residual = inputs_of(n, rows, columns)
         return {
             "": lambda w: ops.linear(x, w),
             "norm": lambda w: ops.norm_linear(x, norm, EPS, w),
@@ -309,8 +313,7 @@ class Bench:
 
     @staticmethod
     def _library(around: str, n: int, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
-        x, y, norm = activations(n, columns), activations(n, columns), weights_of(columns)
-        residual = activations(n, rows)
+        x, y, norm, residual = inputs_of(n, rows, columns)
         return {
             "": lambda w: ops.narrow_linear(x, w),
             "norm": lambda w: _product(ops.rms_norm(x, norm, EPS), w),
